@@ -1,0 +1,78 @@
+"""The table of attention implementations, in the order in which everything shows them.
+
+Every function has one contract: attention(q, k, v, *, causal=False, scale=None) -> o, with
+q (B, H, N_Q, D), k and v (B, H_KV, N_K, D), any strides with a contiguous last dim, o shaped like
+q. `causal` is aligned bottom-right: query i sees the keys up to i + N_K - N_Q. A row that sees no
+key gives 0.
+"""
+
+import importlib
+import os
+from typing import NamedTuple
+
+import torch
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+class Backend(NamedTuple):
+    label: str  # for tables and legends
+    family: str  # "standard": scores in memory, "flash": scores stay on chip, "auto": torch picks
+    target: str  # "module:function", imported on first use
+    package: str | None = None  # third-party module it needs beyond torch and triton
+    capability: tuple[int, int] = (0, 0)  # lowest compute capability
+    dtypes: tuple = (FP16, BF16, FP32)  # on a GPU
+    backward: bool = True
+    cpu: str | None = None  # "native", "interpreter" (Triton's), or None: cannot run there
+
+
+TORCH, KERNELS = "flashstudy.backends.torch_sdpa", "flashstudy.kernels"
+FA2, FA4 = "flash_attn.flash_attn_interface", "flash_attn.cute.interface"
+BACKENDS = {
+    "naive": Backend("Naive", "standard", "flashstudy.backends.naive:attention", cpu="native"),
+    "sdpa": Backend("SDPA", "auto", f"{TORCH}:sdpa", cpu="native"),
+    "sdpa-math": Backend("SDPA math", "standard", f"{TORCH}:sdpa_math", cpu="native"),
+    "sdpa-efficient": Backend("SDPA efficient", "flash", f"{TORCH}:sdpa_efficient", None, (5, 0)),
+    "sdpa-flash": Backend("SDPA flash", "flash", f"{TORCH}:sdpa_flash", None, (8, 0), (FP16, BF16), cpu="native"),
+    "sdpa-cudnn": Backend("SDPA cuDNN", "flash", f"{TORCH}:sdpa_cudnn", None, (8, 0), (FP16, BF16)),
+    "flex": Backend("FlexAttention", "flash", "flashstudy.backends.flex:attention", None, (8, 0)),
+    "flash-attn": Backend("flash-attn 2", "flash", "flashstudy.backends.flash_attn:flash_attn_2", FA2, (8, 0), (FP16, BF16)),
+    "flash-attn-4": Backend("flash-attn 4", "flash", "flashstudy.backends.flash_attn:flash_attn_4", FA4, (9, 0), (FP16, BF16)),
+    "v0_naive": Backend("v0 naive", "standard", f"{KERNELS}.v0_naive:attention", None, (8, 0), cpu="interpreter"),
+    "v1_flash": Backend("v1 flash", "flash", f"{KERNELS}.v1_flash:attention", None, (8, 0), cpu="interpreter"),
+}  # fmt: skip
+
+
+def why_not(name, device="cuda", dtype=None, backward=False):
+    """The reason why backend `name` cannot run here as asked, or None where it can."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    row, device = BACKENDS[name], torch.device(device)
+    if backward and not row.backward:
+        return "has no backward"
+    if device.type == "cpu":
+        if row.cpu is None:
+            return "needs a CUDA GPU"
+        if row.cpu == "interpreter":
+            if os.environ.get("TRITON_INTERPRET") != "1":
+                return "needs a CUDA GPU (or TRITON_INTERPRET=1, which interprets it for testing)"
+            if dtype == BF16:
+                return "Triton's interpreter computes bfloat16 wrongly"
+    elif not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    elif (have := torch.cuda.get_device_capability(device)) < row.capability:
+        return "needs compute capability {}.{}, this GPU has {}.{}".format(*row.capability, *have)
+    elif dtype is not None and dtype not in row.dtypes:
+        return f"does not take {str(dtype).removeprefix('torch.')}"
+    if row.package is not None:
+        try:
+            importlib.import_module(row.package)
+        except (ImportError, OSError) as e:  # absent, or built for another torch or CUDA
+            return f"package {row.package.split('.')[0]} does not import: {e}"
+    return None
+
+
+def load(name):
+    """The attention function of backend `name`. Never falls back to another one."""
+    module, function = BACKENDS[name].target.split(":")
+    return getattr(importlib.import_module(module), function)
