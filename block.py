@@ -1,4 +1,4 @@
-"""A minimal pre-norm Transformer block around a swappable attention function. No MLP, no dropout."""
+"""A minimal pre-norm Transformer block around a given attention. No MLP, no dropout."""
 
 import torch
 from torch import nn

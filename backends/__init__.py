@@ -18,7 +18,7 @@ FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 class Backend(NamedTuple):
     label: str  # for tables and legends
     family: str  # "standard": scores in memory, "flash": scores stay on chip, "auto": torch picks
-    target: str  # "module:function", imported on first use
+    target: str  # "module:function" inside this package, imported on first use
     package: str | None = None  # third-party module it needs beyond torch and triton
     capability: tuple[int, int] = (0, 0)  # lowest compute capability
     dtypes: tuple = (FP16, BF16, FP32)  # on a GPU
@@ -26,20 +26,20 @@ class Backend(NamedTuple):
     cpu: str | None = None  # "native", "interpreter" (Triton's), or None: cannot run there
 
 
-TORCH, KERNELS = "flashstudy.backends.torch_sdpa", "flashstudy.kernels"
+HALF = (FP16, BF16)
 FA2, FA4 = "flash_attn.flash_attn_interface", "flash_attn.cute.interface"
 BACKENDS = {
-    "naive": Backend("Naive", "standard", "flashstudy.backends.naive:attention", cpu="native"),
-    "sdpa": Backend("SDPA", "auto", f"{TORCH}:sdpa", cpu="native"),
-    "sdpa-math": Backend("SDPA math", "standard", f"{TORCH}:sdpa_math", cpu="native"),
-    "sdpa-efficient": Backend("SDPA efficient", "flash", f"{TORCH}:sdpa_efficient", None, (5, 0)),
-    "sdpa-flash": Backend("SDPA flash", "flash", f"{TORCH}:sdpa_flash", None, (8, 0), (FP16, BF16), cpu="native"),
-    "sdpa-cudnn": Backend("SDPA cuDNN", "flash", f"{TORCH}:sdpa_cudnn", None, (8, 0), (FP16, BF16)),
-    "flex": Backend("FlexAttention", "flash", "flashstudy.backends.flex:attention", None, (8, 0)),
-    "flash-attn": Backend("flash-attn 2", "flash", "flashstudy.backends.flash_attn:flash_attn_2", FA2, (8, 0), (FP16, BF16)),
-    "flash-attn-4": Backend("flash-attn 4", "flash", "flashstudy.backends.flash_attn:flash_attn_4", FA4, (9, 0), (FP16, BF16)),
-    "v0_naive": Backend("v0 naive", "standard", f"{KERNELS}.v0_naive:attention", None, (8, 0), cpu="interpreter"),
-    "v1_flash": Backend("v1 flash", "flash", f"{KERNELS}.v1_flash:attention", None, (8, 0), cpu="interpreter"),
+    "naive": Backend("Naive", "standard", "backends.naive:attention", cpu="native"),
+    "sdpa": Backend("SDPA", "auto", "backends.torch_sdpa:sdpa", cpu="native"),
+    "sdpa-math": Backend("SDPA math", "standard", "backends.torch_sdpa:sdpa_math", cpu="native"),
+    "sdpa-efficient": Backend("SDPA efficient", "flash", "backends.torch_sdpa:sdpa_efficient"),
+    "sdpa-flash": Backend("SDPA flash", "flash", "backends.torch_sdpa:sdpa_flash", None, (8, 0), HALF, cpu="native"),
+    "sdpa-cudnn": Backend("SDPA cuDNN", "flash", "backends.torch_sdpa:sdpa_cudnn", None, (8, 0), HALF),
+    "flex": Backend("FlexAttention", "flash", "backends.flex:attention", None, (8, 0)),
+    "flash-attn": Backend("flash-attn 2", "flash", "backends.flash_attn:flash_attn_2", FA2, (8, 0), HALF),
+    "flash-attn-4": Backend("flash-attn 4", "flash", "backends.flash_attn:flash_attn_4", FA4, (9, 0), HALF),
+    "v0_naive": Backend("v0 naive", "standard", "kernels.v0_naive:attention", None, (8, 0), cpu="interpreter"),
+    "v1_flash": Backend("v1 flash", "flash", "kernels.v1_flash:attention", None, (8, 0), cpu="interpreter"),
 }  # fmt: skip
 
 
@@ -75,4 +75,4 @@ def why_not(name, device="cuda", dtype=None, backward=False):
 def load(name):
     """The attention function of backend `name`. Never falls back to another one."""
     module, function = BACKENDS[name].target.split(":")
-    return getattr(importlib.import_module(module), function)
+    return getattr(importlib.import_module(f"flashstudy.{module}"), function)

@@ -1,4 +1,4 @@
-"""The reference packages: flash-attn (FlashAttention-2) and flash-attn-4. They want (B, N, H, D)."""
+"""The reference packages, flash-attn (FlashAttention-2) and flash-attn-4: (B, N, H, D) inside."""
 
 
 def flash_attn_2(q, k, v, *, causal=False, scale=None):

@@ -51,7 +51,7 @@ sdpa_cudnn = _only(SDPBackend.CUDNN_ATTENTION, explicit=True)
 
 
 def picked(q, k, v, *, causal=False, scale=None):
-    """Name of the kernel that `sdpa` would run for these tensors: math, efficient, flash or cudnn."""
+    """The kernel that `sdpa` would run for these tensors: math, efficient, flash or cudnn."""
     choice = torch._fused_sdp_choice(
         q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, k, causal, True)
     )
