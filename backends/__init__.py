@@ -37,7 +37,7 @@ BACKENDS = {
     "sdpa-cudnn": Backend("SDPA cuDNN", "flash", "backends.torch_sdpa:sdpa_cudnn", None, (8, 0), HALF),
     "flex": Backend("FlexAttention", "flash", "backends.flex:attention", None, (8, 0)),
     "flash-attn": Backend("flash-attn 2", "flash", "backends.flash_attn:flash_attn_2", FA2, (8, 0), HALF),
-    "flash-attn-4": Backend("flash-attn 4", "flash", "backends.flash_attn:flash_attn_4", FA4, (9, 0), HALF),
+    "flash-attn-4": Backend("flash-attn 4", "flash", "backends.flash_attn:flash_attn_4", FA4, (8, 0), HALF),
     "v0_naive": Backend("v0 naive", "standard", "kernels.v0_naive:attention", None, (8, 0), cpu="interpreter"),
     "v1_flash": Backend("v1 flash", "flash", "kernels.v1_flash:attention", None, (8, 0), cpu="interpreter"),
 }  # fmt: skip

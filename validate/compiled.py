@@ -1,0 +1,205 @@
+"""Compile the shipped kernels for GPUs that this machine does not have, and read the machine code.
+
+    python validate/compiled.py                      # every kernel step, sm_80 and sm_90
+    python validate/compiled.py --steps v1_flash --arch 90 --dtypes bfloat16 --head-dims 64 128
+
+Each step's own `forward` and `backward` launchers run on small CPU tensors, every launch turned
+into a compilation for the named architecture, so that what is read here is what a GPU would run:
+the same configuration table, the same specialisations. One line a kernel: registers, spilled bytes,
+shared memory, and ptxas' performance warnings. Exit code 1 where a kernel spills, needs more shared
+memory than the GPU has, draws a warning, or fails to compile, and where nothing was compiled.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
+
+
+class Kernel(NamedTuple):
+    """What ptxas made of one kernel."""
+
+    name: str
+    registers: int
+    spills: int  # bytes stored and loaded
+    shared: int  # bytes
+    warps: int  # launched, with those of warp-specialised workers
+    warnings: tuple  # ptxas' performance warnings, as printed
+    asm: dict  # ptx, ttgir, cubin, … by name
+
+    @property
+    def sass(self):
+        """The machine code as text (nvdisasm)."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(self.asm["cubin"])
+            f.flush()
+            return _tool("nvdisasm", "-c", f.name).stdout
+
+
+def _tool(name, *args):
+    """Run one of the CUDA tools that Triton ships."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True)
+
+
+def _read(kernel, arch):
+    """Assemble the kernel's PTX once more, verbosely, and parse what ptxas says of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "k.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M).group(1)
+        log = _tool("ptxas", "-v", f"--gpu-name={target}", str(ptx), "-o", f"{ptx}.cubin").stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    warnings = [line.strip() for line in log.splitlines() if re.search(r"C75\d\d|[Ww]arning", line)]
+    return Kernel(
+        name=kernel.metadata.name,
+        registers=int(re.search(r"Used (\d+) registers", log).group(1)),
+        spills=int(spills.group(1)) + int(spills.group(2)),
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        warnings=tuple(warnings),
+        asm=dict(kernel.asm.items()),
+    )
+
+
+@contextlib.contextmanager
+def compile_only(arch):
+    """Within this context every Triton launch compiles for sm_<arch> and launches nothing.
+
+    Yields the list that the compiled kernels are appended to, as triton's CompiledKernel. The
+    process must not have TRITON_INTERPRET set: interpreted functions are never compiled.
+    """
+    import triton
+    from flashstudy.kernels import _host
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1: the kernels are interpreted, not compiled")
+
+    class Driver:  # the parts of a driver that compiling asks for
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_active_torch_device(self):
+            return torch.device("cpu")
+
+        def get_current_device(self):
+            return arch  # a key of its own in the caches of compiled kernels
+
+        def get_current_stream(self, device):
+            return 0
+
+    kernels, run, active = [], JITFunction.run, triton.runtime.driver._active
+
+    @functools.wraps(run)
+    def compile_instead(self, *args, warmup, **kwargs):
+        kernels.append(run(self, *args, warmup=True, **kwargs))
+        return kernels[-1]
+
+    capability = _host.capability
+    modules = [m for n, m in sys.modules.items() if n.startswith("flashstudy.kernels.")]
+    holders = [m for m in modules if getattr(m, "capability", None) is capability]
+    try:
+        triton.runtime.driver.set_active(Driver())
+        JITFunction.run = compile_instead
+        for m in holders:
+            m.capability = lambda device: (arch // 10, arch % 10)
+        yield kernels
+    finally:
+        triton.runtime.driver._active = active
+        JITFunction.run = run
+        for m in holders:
+            m.capability = capability
+
+
+def compile_step(step, arch, head_dim, dtype, causal, backward=False, n_q=512, n_k=512, group=1):
+    """Compile the kernels that `kernels/<step>.py` launches for one call; a list of Kernel."""
+    module = importlib.import_module(f"flashstudy.kernels.{step}")
+    q, do, o = (torch.empty(1, 2 * group, n_q, head_dim, dtype=dtype) for _ in range(3))
+    k, v = (torch.empty(1, 2, n_k, head_dim, dtype=dtype) for _ in range(2))
+    with compile_only(arch) as kernels:
+        if backward:
+            lse = torch.empty(q.shape[:3], dtype=torch.float32)
+            module.backward(do, q, k, v, o, lse, causal, head_dim**-0.5, False)
+        else:
+            module.forward(q, k, v, causal, head_dim**-0.5, False)
+    return [_read(k, arch) for k in kernels]
+
+
+def faults(kernel, arch):
+    """Why a compiled kernel must not ship: a list of reasons, empty where there is none."""
+    found = [f"ptxas: {w}" for w in kernel.warnings]
+    if kernel.spills:
+        found.append(f"spills {kernel.spills} bytes")
+    if kernel.shared > SHARED_LIMIT[arch]:
+        found.append(f"{kernel.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    return found
+
+
+def steps():
+    """The ladder's steps in order, as {step: row of the table of backends}."""
+    from flashstudy.backends import BACKENDS
+
+    rows = ((row.target.split(":")[0], row) for row in BACKENDS.values())
+    return {m.removeprefix("kernels."): row for m, row in rows if m.startswith("kernels.")}
+
+
+def main(argv=None):
+    from tabulate import tabulate
+
+    dtypes = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", nargs="+", choices=list(steps()), default=list(steps()))
+    parser.add_argument("--arch", nargs="+", type=int, choices=list(SHARED_LIMIT), default=[80, 90])
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["bfloat16", "float32"])
+    args = parser.parse_args(argv)
+
+    rows, bad = [], 0
+    cases = [
+        (step, arch, d, dtype, causal, backward)
+        for step in args.steps
+        for arch in args.arch
+        for d in args.head_dims
+        for dtype in args.dtypes
+        for causal in (False, True)
+        for backward in (False, True)
+    ]
+    for step, arch, d, dtype, causal, backward in cases:
+        row = steps()[step]
+        lowest = row.capability[0] * 10 + row.capability[1]
+        if arch < lowest or dtypes[dtype] not in row.dtypes or (backward and not row.backward):
+            continue
+        what = [step, f"sm_{arch}", d, dtype, "causal" if causal else "full"]
+        print(f"\r{' '.join(map(str, what))}".ljust(79), end="", file=sys.stderr, flush=True)
+        for kernel in compile_step(step, arch, d, dtypes[dtype], causal, backward):
+            why = faults(kernel, arch)
+            bad += bool(why)
+            rows.append(
+                [*what, kernel.name, kernel.registers, kernel.spills, kernel.shared, "; ".join(why)]
+            )
+    print("\r".ljust(79), file=sys.stderr)
+    head = ["step", "GPU", "D", "dtype", "mask", "kernel", "registers", "spills", "shared", "fault"]
+    print(tabulate(rows, headers=head))
+    print(f"\n{len(rows)} kernels compiled, {bad} at fault")
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
