@@ -1,0 +1,322 @@
+"""The error budget: how wrong may attention be before it is wrong?
+
+Three computations of the same formulas, each on the inputs as rounded to their dtype:
+
+    reference   in fp64, which stands for the truth
+    yardstick   in the dtype of the inputs, every intermediate rounded to it, as eager torch does
+    candidate   whatever is being judged
+
+The error is |candidate - reference|, in the unit of the output; the budget is made from the
+yardstick's own error, so that it scales with the sequence length, the values and the dtype by
+itself (an absolute tolerance does not: outputs shrink as 1/sqrt(N), and 1e-2 accepts an error of
+15 % at N = 4096). For each of o, dq, dk, dv
+
+    max error   <= F × yardstick's max + 2 ulp(max |reference|) + noise,   F = 2, for gradients 3
+    mean error  <= 1.5 × yardstick's mean + guard + noise
+
+and for the log-sum-exp, which every kernel holds in fp32 whatever its inputs,
+
+    max error   <= 2 × (error of an fp32 yardstick) + 8 ulp_fp32(max(1, max |logit|)).
+
+Three details keep small cases honest without loosening large ones:
+
+* The yardstick's error on a handful of numbers is luck (it is often exactly 0). A small case
+  measures it over several draws, v and do scaled elementwise by random factors near 1, and takes
+  the worst; the yardstick's mean counts at least the mean error of rounding the reference once.
+* guard = max budget × sqrt(ln(1/δ) / 2n), with δ = 1e-6 and n numbers: Hoeffding's bound on how far
+  the mean of n errors, each within the budget, strays from its expectation by chance. It is 0.33 of
+  the max budget for 64 numbers and 0.003 for a million.
+* noise is what fp32 arithmetic may leave where the true value cancels. dS = P∘(dP - delta) is
+  exactly 0 in a row with one visible key, but dP and delta are sums over the head dim taken in
+  different orders: gradients of q and k get a few fp32 ulp of those sums' terms. Everything gets
+  the smallest normal fp32 number, because hardware may flush subnormals.
+"""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import torch
+
+MAX_FACTOR = {"o": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0, "lse": 2.0}
+MEAN_FACTOR = 1.5
+ULPS = 2
+LSE_ULPS = 8
+NOISE_ULPS = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 1}  # tensor cores truncate sums
+CHANCE = 1e-6  # δ of the guard
+DRAW_ROWS, MAX_DRAWS = 128, 16  # draws are repeated until this many rows were seen
+EPS32, TINY32 = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
+# Scores held at a time: 2^26 fp64 numbers (512 MiB) on a GPU, 2^22 on a CPU.
+CHUNK = {"cuda": 1 << 26, "cpu": 1 << 22}
+
+
+class Stat(NamedTuple):
+    """Errors of one output, in its own unit; `over` is the worse of the two error/budget ratios."""
+
+    max_error: float
+    max_budget: float
+    mean_error: float
+    mean_budget: float
+    bias: float  # signed mean of candidate - reference
+    over: float
+
+
+class Verdict(NamedTuple):
+    """ok: within every budget. over: worst error/budget (inf where something is not finite or not
+    as promised). stats: a Stat per output. reasons: a sentence per violation."""
+
+    ok: bool
+    over: float
+    stats: dict
+    reasons: list
+
+
+class Budget(NamedTuple):
+    max: float
+    mean: float
+
+
+class Expectation(NamedTuple):
+    """What any candidate for these inputs is held against; made once by `expect`."""
+
+    reference: dict  # output name -> fp64 tensor
+    budget: dict  # output name -> Budget
+    dtype: torch.dtype  # of the inputs, and so of o and the gradients
+
+
+@contextlib.contextmanager
+def _ieee():
+    """Matrix products in full fp32 (no TF32), whatever the caller's setting."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _bmm(a, b, alpha=1.0):
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=alpha)
+
+
+def compute(q, k, v, do=None, *, causal=False, scale=None, dtype=torch.float64):
+    """Attention by its formulas with every intermediate in `dtype`; gradients where do is given.
+
+    q, do (B, H, N_Q, D); k, v (B, H_KV, N_K, D). Returns a dict with o (B, H, N_Q, D), lse (B, H,
+    N_Q) and, with do, dq, dk, dv shaped like q, k, v; in addition the scalars `logit`, the largest
+    |scale · q kᵀ|, and `dq_terms`, `dk_terms`: largest and mean size of what cancels in those.
+    Scores are held a chunk at a time, so N_Q · N_K is bounded by time and not by memory.
+    """
+    b, h, n_q, d = q.shape
+    h_kv, n_k = k.shape[1:3]
+    scale = 1.0 / math.sqrt(d) if scale is None else scale
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    # The query heads that share a KV head are more rows of the same problem:
+    # [B, H, N_Q, D] -> [B * H_KV, rows = (H / H_KV) * N_Q, D]
+    rows = h // h_kv * n_q
+    q, k, v = (t.to(dtype).reshape(b * h_kv, -1, d) for t in (q, k, v))
+    do = None if do is None else do.to(dtype).reshape(b * h_kv, rows, d)
+    o, dq = torch.zeros_like(q), torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=accumulate, device=q.device)
+    dk, dv = (torch.zeros_like(t, dtype=accumulate) for t in (k, v))
+    logit, dq_terms, dk_terms = 0.0, [], []
+
+    limit = CHUNK.get(q.device.type, CHUNK["cpu"])
+    step_m = max(1, min(rows, limit // max(1, n_k)))
+    step_z = max(1, limit // max(1, step_m * n_k)) if step_m == rows else 1
+    j = torch.arange(n_k, device=q.device)
+    with _ieee(), torch.no_grad():
+        for z in range(0, b * h_kv if n_k and rows else 0, step_z):
+            head = slice(z, z + step_z)
+            kc, vc = k[head], v[head]  # [Z, N_K, D]
+            dk_square = 0.0
+            for m in range(0, rows, step_m):
+                row = slice(m, m + step_m)
+                qc = q[head, row]  # [Z, M, D]
+                s = _bmm(qc, kc.mT, scale)  # [Z, M, N_K]
+                if causal:
+                    i = torch.arange(rows, device=q.device)[row] % n_q
+                    hidden = j > i[:, None] + n_k - n_q  # [M, N_K]
+                    s.masked_fill_(hidden, -math.inf)
+                logit = max(logit, s.abs().nan_to_num(nan=math.inf, posinf=0.0).max().item())
+                lse[head, row] = torch.logsumexp(s.to(accumulate), -1)
+                p = s.softmax(-1)
+                if causal:
+                    p.masked_fill_(hidden, 0)  # rows without a key came out NaN
+                o[head, row] = _bmm(p, vc)
+                if do is None:
+                    continue
+
+                doc = do[head, row]
+                dv[head] += _bmm(p.mT, doc)
+                dp = _bmm(doc, vc.mT).to(accumulate)
+                p_wide = p.to(accumulate)
+                ds = p_wide * (dp - (dp * p_wide).sum(-1, keepdim=True))
+                ds = ds.to(dtype)
+                dq[head, row] = _bmm(ds, kc, scale)
+                dk[head] += _bmm(ds.mT, qc, scale)
+                if dtype == torch.float64:
+                    # dP_ij and delta_i are sums over the head dim of the size |do_i| |v_j|.
+                    terms = p * doc.norm(dim=-1)[..., None] * vc.norm(dim=-1)[:, None, :]
+                    dq_terms.append(terms.norm(dim=-1).flatten())
+                    dk_square = dk_square + terms.square().sum(1)
+            if do is not None and dtype == torch.float64:
+                dk_terms.append(dk_square.sqrt().flatten())
+    out = {"o": o.view(b, h, n_q, d), "lse": lse.view(b, h, n_q), "logit": logit}
+    if do is not None:
+        out |= {"dq": dq.view(b, h, n_q, d)}
+        out |= {n: t.to(dtype).view(b, h_kv, n_k, d) for n, t in (("dk", dk), ("dv", dv))}
+        for name, terms, other in (("dq_terms", dq_terms, k), ("dk_terms", dk_terms, q)):
+            terms = torch.cat(terms) * abs(scale) if terms else other.new_zeros(1)
+            other = other if other.numel() else other.new_zeros(1)
+            rms = other.square().mean().sqrt()
+            out[name] = (terms.max() * other.abs().max()).item(), (terms.mean() * rms).item()
+    return out
+
+
+def ulp(x, dtype):
+    """The distance from |x| to the next larger number of `dtype`."""
+    info = torch.finfo(dtype)
+    if not x:
+        return info.smallest_normal * info.eps
+    return max(2.0 ** math.floor(math.log2(abs(x))), info.smallest_normal) * info.eps
+
+
+def _draws(q, k, v, do):
+    """The inputs, and for a small case variants of them that draw new rounding errors."""
+    yield q, k, v, do
+    rows = max(1, min(q[..., 0].numel(), k[..., 0].numel()))
+    generator = torch.Generator(q.device).manual_seed(0)
+    for _ in range(min(MAX_DRAWS, math.ceil(DRAW_ROWS / rows)) - 1):
+        v_new, do_new = (
+            None
+            if t is None
+            else t * (0.75 + torch.rand(t.shape, generator=generator, device=t.device) / 2).to(t)
+            for t in (v, do)
+        )
+        yield q, k, v_new, do_new
+
+
+def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
+    """The reference and the budgets for these inputs (see the module's docstring).
+
+    do: gradient of o, asks for dq, dk, dv too. lse: asks for the log-sum-exp too.
+    Raises ValueError where reference or yardstick is not finite: such inputs judge nobody.
+    """
+    names = ["o"] + (["dq", "dk", "dv"] if do is not None else [])
+    reference, worst = None, {n: [0.0, 0.0] for n in names}
+    for inputs in _draws(q, k, v, do):
+        true = compute(*inputs, causal=causal, scale=scale)
+        eager = compute(*inputs, causal=causal, scale=scale, dtype=q.dtype)
+        reference = true if reference is None else reference
+        for n in names:
+            if not true[n].numel():
+                continue
+            error = (eager[n].double() - true[n]).abs()
+            rounding = (true[n].to(q.dtype).double() - true[n]).abs().mean().item()
+            if not error.isfinite().all():
+                raise ValueError(f"{n}: the reference or the yardstick is not finite")
+            worst[n][0] = max(worst[n][0], error.max().item())
+            worst[n][1] = max(worst[n][1], error.mean().item(), rounding)
+
+    budget = {}
+    for n in names:
+        true, (yard_max, yard_mean) = reference[n], worst[n]
+        largest, count = (true.abs().max().item(), true.numel()) if true.numel() else (0.0, 1)
+        noise, mean_noise = (
+            TINY32 + NOISE_ULPS[q.dtype] * EPS32 * t
+            for t in reference.get(f"{n}_terms", (0.0, 0.0))
+        )
+        max_budget = MAX_FACTOR[n] * yard_max + ULPS * ulp(largest, q.dtype) + noise
+        guard = max_budget * math.sqrt(-math.log(CHANCE) / (2 * count))
+        mean_budget = MEAN_FACTOR * yard_mean + guard + mean_noise
+        budget[n] = Budget(max_budget, min(max_budget, mean_budget))
+    if lse:
+        eager = compute(q, k, v, causal=causal, scale=scale, dtype=torch.float32)["lse"].double()
+        error = (eager - reference["lse"])[reference["lse"].isfinite()].abs()
+        yard = (error.max().item(), error.mean().item()) if error.numel() else (0.0, 0.0)
+        slack = LSE_ULPS * ulp(max(1.0, reference["logit"]), torch.float32)
+        budget["lse"] = Budget(MAX_FACTOR["lse"] * yard[0] + slack, MEAN_FACTOR * yard[1] + slack)
+        names.append("lse")
+    return Expectation({n: reference[n] for n in names}, budget, q.dtype)
+
+
+def _form(name, got, ref, dtype, device):
+    """What is wrong with the shape, dtype, device or strides of one output, or None."""
+    if not isinstance(got, torch.Tensor):
+        return f"{name}: expected a tensor, got {type(got).__name__}"
+    if got.shape != ref.shape:
+        return f"{name}: expected shape {tuple(ref.shape)}, got {tuple(got.shape)}"
+    if got.dtype != dtype:
+        return f"{name}: expected {dtype}, got {got.dtype}"
+    if got.device.type != device.type:
+        return f"{name}: expected it on {device}, got {got.device}"
+    if name == "o" and got.numel() and got.shape[-1] > 1 and got.stride(-1) != 1:
+        return f"o: expected a contiguous last dim, got strides {got.stride()}"
+    return None
+
+
+def verdict(got, expectation):
+    """Judge a dict of outputs (those of `expectation`: o, and lse, dq, dk, dv where asked)."""
+    stats, reasons, worst = {}, [], 0.0
+    for name, ref in expectation.reference.items():
+        dtype = torch.float32 if name == "lse" else expectation.dtype
+        form = _form(name, got.get(name), ref, dtype, ref.device)
+        if form is not None:
+            reasons.append(form)
+            worst = math.inf
+            continue
+        value, true = got[name].detach().double(), ref
+        if name == "lse":  # -inf where and only where no key is seen
+            empty = true == -math.inf
+            if not torch.equal(value == -math.inf, empty):
+                reasons.append("lse: -inf in the wrong rows")
+                worst = math.inf
+                continue
+            value, true = value[~empty], true[~empty]
+        budget = expectation.budget[name]
+        signed = value - true
+        bad = signed.numel() - int(signed.isfinite().sum())
+        error = signed.abs()
+        max_error, mean_error, bias = (
+            (error.max().item(), error.mean().item(), signed.mean().item())
+            if signed.numel()
+            else (0.0, 0.0, 0.0)
+        )
+        over = max(max_error / budget.max, mean_error / budget.mean)
+        if not over <= math.inf or bad:
+            over = math.inf
+        stats[name] = Stat(max_error, budget.max, mean_error, budget.mean, bias, over)
+        if bad:
+            reasons.append(f"{name}: {bad} of {signed.numel()} numbers are not finite")
+        elif not max_error <= budget.max:
+            reasons.append(f"{name}: max error {max_error:.3g}, budget {budget.max:.3g}")
+        elif not mean_error <= budget.mean:
+            reasons.append(f"{name}: mean error {mean_error:.3g}, budget {budget.mean:.3g}")
+        worst = max(worst, over)
+    return Verdict(not reasons, worst, stats, reasons)
+
+
+def run(attention, q, k, v, do=None, *, causal=False, scale=None, lse=False):
+    """Call `attention` and, with do, differentiate it; the dict that `verdict` takes.
+
+    The inputs keep their strides. lse asks the function for return_lse=True.
+    """
+    options = {"causal": causal, "scale": scale} | ({"return_lse": True} if lse else {})
+    if do is None:
+        with torch.no_grad():
+            out = attention(q, k, v, **options)
+    else:
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        out = attention(q, k, v, **options)
+    got = dict(zip(("o", "lse"), out, strict=True)) if lse else {"o": out}
+    if do is not None:
+        gradients = torch.autograd.grad(got["o"], (q, k, v), do)
+        got |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    return got
+
+
+def check(attention, q, k, v, do=None, *, causal=False, scale=None, lse=False):
+    """`run`, judged: the Verdict on one call of an attention function of the contract."""
+    expectation = expect(q, k, v, do, causal=causal, scale=scale, lse=lse)
+    return verdict(run(attention, q, k, v, do, causal=causal, scale=scale, lse=lse), expectation)
