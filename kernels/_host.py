@@ -33,7 +33,7 @@ def interpreting():
     return INTERPRETED
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def capability(device):
     """Compute capability of a torch.device as a tuple, (0, 0) for the CPU (the interpreter)."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
@@ -226,12 +226,14 @@ def visible_pairs(n_q, n_k, causal):
     return n * n_k - n * n // 2 if causal else n_q * n_k
 
 
-def forward_flops(q_shape, k_shape, v_shape, causal, *args, **kwargs):
+def forward_flops(q_shape, k_shape, v_shape, causal, *_, **__):
     """4·B·H·D for each pair: QKᵀ and PV, a multiply and an add each. The softmax is not counted."""
     b, h, n_q, d = q_shape
     return 4 * b * h * d * visible_pairs(n_q, k_shape[2], causal)
 
 
-def backward_flops(do_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, causal, *args, **kwargs):
+def backward_flops(
+    do_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, causal, *args, **kwargs
+):
     """2.5× the forward: five products, QKᵀ again, dO·Vᵀ, Pᵀ·dO, dSᵀ·Q and dS·K."""
     return forward_flops(q_shape, k_shape, v_shape, causal) * 5 // 2

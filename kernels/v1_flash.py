@@ -1,0 +1,425 @@
+"""FlashAttention-2 in Triton, from the text book: attention that never writes its score matrix.
+
+Attention is O = softmax(scale · Q Kᵀ) V. The scores S and probabilities P are N_Q × N_K: at 16,384
+tokens a half-precision S is 512 MiB a head. `v0_naive` stores both; here a program keeps one tile
+of them on chip, uses it and forgets it, so that memory grows with N and no longer with N².
+
+**The online softmax.** A softmax needs the maximum and the sum of a whole row before it can
+normalise anything, yet a tile of keys shows only a piece of that row. So keep, for each row and
+over the keys seen so far, a maximum m, a sum l = Σ exp(s - m) and an unnormalised output
+acc = Σ exp(s - m) v. When the next tile raises the maximum to m', every earlier term carries the
+factor exp(-m) and should carry exp(-m'), which is one multiplication:
+
+    alpha = exp(m - m')        l ← alpha · l + Σ exp(s' - m')        acc ← alpha · acc + Σ exp(s' - m') v'
+
+After the last tile O = acc / l: exact, not an approximation. Kept for the backward: lse = m + log l,
+the logarithm of Σ exp(s) over the row (FlashAttention-2, arXiv 2307.08691, algorithm 1, lines 5-15).
+
+**The backward.** From dO, with S and P as above and ∘ element by element (algorithm 2, lines 4-16):
+
+    P = exp(S - lse)         recomputed, a tile at a time: no maximum, no rescaling, lse knows them
+    dV = Pᵀ dO               dP = dO Vᵀ
+    dS = P ∘ (dP - delta)    delta = rowsum(dO ∘ O), a number per row: Σⱼ P dP, without P or dP
+    dQ = scale · dS K        dK = scale · dSᵀ Q
+
+                     keys →                    `_forward`, `_backward_dq`: a program per tile of
+               ┌────┬────┬────┬────┐           queries, → over its keys; acc or dq stays in registers.
+    queries ↓  │ ░░ │    ·    ·    │           `_backward_dkdv`: a program per tile of keys, ↓ over
+               ├────┼────┼────┼────┤           its queries; dk and dv stay in registers.
+               │ ▓▓ │ ░░ │    ·    │           Causal: ▓ full tiles, in the quick loop; ░ tiles on the
+               ├────┼────┼────┼────┤           diagonal, masked; the others hold nothing and are
+               │ ▓▓ │ ▓▓ │ ░░ │    │           never visited.
+               └────┴────┴────┴────┘
+
+Memory traffic: Q and O once; K and V once for each tile of queries, mostly from L2.
+
+Differs from the paper: the backward is two kernels, where algorithm 2 adds dQ into device memory
+from every tile of keys (line 15). That costs two of seven products more, and buys sums of a fixed
+order: gradients repeat bit by bit. Grouped heads sum over their queries' heads in the same loop.
+Differs from `v0_naive`: one kernel for three, and no N² memory.
+
+Limits: a head dim that is not a power of two is padded to the next one, in time as well; scores
+and sums are fp32, P and dS are rounded to the type of V and K before their products, as on any
+tensor core.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _host
+
+# Tiles by (compute capability, padded head dim), None: any GPU. BLOCK_M queries by BLOCK_N keys, and
+# num_stages tiles of the streamed operands in flight at once. The rows for any GPU fit in 99 KiB
+# of shared memory, which the smallest ones from sm_80 on have (sm_80 itself 163, sm_90 227).
+FORWARD = {
+    ((9, 0), 64): (128, 64, 4, 3),
+    ((9, 0), 128): (128, 128, 8, 2),
+    ((9, 0), 256): (128, 64, 8, 2),
+    (None, 64): (128, 64, 4, 3),
+    (None, 128): (128, 32, 4, 3),
+    (None, 256): (64, 32, 4, 2),
+}
+BACKWARD = {
+    ((9, 0), 64): (64, 64, 4, 2),
+    ((9, 0), 128): (64, 64, 4, 2),
+    ((9, 0), 256): (32, 32, 4, 1),
+    (None, 64): (64, 64, 4, 2),
+    (None, 128): (32, 64, 4, 2),
+    (None, 256): (32, 32, 4, 1),
+}
+# fp32 at full precision does without tensor cores, and its operands fill the registers.
+FORWARD_FP32 = {
+    (None, 64): (32, 32, 4, 2),
+    (None, 128): (32, 32, 4, 1),
+    (None, 256): (16, 16, 4, 1),
+}
+BACKWARD_FP32 = {
+    (None, 64): (32, 32, 4, 1),
+    (None, 128): (16, 16, 4, 1),
+    (None, 256): (16, 16, 4, 1),
+}
+
+
+def _config(table, capability, head_dim):
+    """BLOCK_M, BLOCK_N, num_warps, num_stages of `table` for this GPU and head dim."""
+    d = max(64, 1 << (head_dim - 1).bit_length())
+    return table.get((capability, d)) or table[None, d]
+
+
+@triton.jit
+def _load(ptr, rows, stride, N, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a matrix as a tile, 0 past row N and column HEAD_DIM."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
+    return tl.load(ptr + rows[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, rows, stride, N, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The reverse of `_load`: what lies past the end is not written."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(ptr + rows[:, None] * stride + offs_d[None, :], tile.to(ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _key_range(start_m, N_Q, N_K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+    """(full, hi): all of this tile's queries see all keys below full; none sees one from hi on."""
+    full, hi = N_K, N_K
+    if CAUSAL:  # aligned bottom-right: query i sees the keys up to i + N_K - N_Q
+        full = tl.minimum(N_K, tl.maximum(start_m + N_K - N_Q + 1, 0))
+        hi = tl.minimum(N_K, tl.maximum(start_m + N_K - N_Q + BLOCK_M, 0))
+    return full // BLOCK_N * BLOCK_N, hi
+
+
+@triton.jit
+def _visible(offs_m, offs_n, N_Q, N_K, CAUSAL: tl.constexpr):
+    """Which queries of a tile see which of its keys."""
+    mask = offs_n[None, :] < N_K
+    if CAUSAL:
+        mask &= offs_n[None, :] <= offs_m[:, None] + (N_K - N_Q)
+    return mask  # [BLOCK_M, BLOCK_N], or [1, BLOCK_N]
+
+
+@triton.jit
+def _forward_tiles(
+    acc, l_i, m_i, q, k_ptr, v_ptr, lo, hi, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold the tiles of keys from lo to hi into the state of the online softmax."""
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N], line 8
+        if MASKED:
+            s = tl.where(_visible(offs_m, offs_n, N_Q, N_K, CAUSAL), s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))  # [BLOCK_M], line 9
+        # A row that has seen no key yet is at -inf, and -inf - -inf would be NaN.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+        p = tl.exp(s - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
+        alpha = tl.exp(m_i - base)  # [BLOCK_M], 0 at the row's first key
+        l_i = alpha * l_i + tl.sum(p, 1)
+        v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # line 10
+        m_i = m_new
+    return acc, l_i, m_i
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, scale,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O and lse of one tile of queries of one head: algorithm 1, one turn of its outer loop."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    start_m = tl.program_id(0) % tiles * BLOCK_M
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h // GROUP * stride_kh  # GROUP heads of queries share one of keys
+    v_ptr += b * stride_vb + h // GROUP * stride_vh
+    o_ptr += b * stride_ob + h * stride_oh
+    lse_ptr += pid_bh * N_Q
+
+    q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D], line 4
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
+    acc, l_i, m_i = _forward_tiles(
+        acc, l_i, m_i, q, k_ptr, v_ptr, 0, full, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
+        HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    acc, l_i, m_i = _forward_tiles(
+        acc, l_i, m_i, q, k_ptr, v_ptr, full, hi, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
+        HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, True, PRECISION,
+    )  # fmt: skip
+
+    o = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # line 12; a row without keys gives 0
+    lse = m_i + tl.log(l_i)  # line 13; -inf there
+
+    _store(o_ptr, offs_m, stride_om, N_Q, o, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + offs_m, lse, offs_m < N_Q)
+
+
+@triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, delta_ptr,
+    stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
+    H, N_Q,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO ∘ O): algorithm 2, line 4."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+
+    o_ptr += b * stride_ob + h * stride_oh
+    do_ptr += b * stride_dob + h * stride_doh
+
+    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
+    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
+    tl.store(delta_ptr + pid_bh * N_Q + offs_m, tl.sum(o * do, 1), offs_m < N_Q)
+
+
+@triton.jit
+def _p_and_ds(
+    q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P and dS of one tile, recomputed from lse: algorithm 2, lines 10 to 14."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+    p = tl.exp(s - lse[:, None])
+    if MASKED:  # not by s = -inf: a row without keys has lse = -inf, too
+        p = tl.where(_visible(offs_m, offs_n, N_Q, N_K, CAUSAL), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def _dkdv_tiles(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, hi, offs_n, scale, N_Q, N_K,
+    stride_qm, stride_dom,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of queries from lo to hi to dK and dV."""
+    for start_m in range(lo, hi, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
+        # Past the end q and do are 0 and lse is inf, so that p and ds are 0: no mask is needed.
+        q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        lse = tl.load(lse_ptr + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
+        delta = tl.load(delta_ptr + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+        p, ds = _p_and_ds(
+            q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, MASKED, PRECISION
+        )
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)  # line 12
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)  # line 16
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
+    stride_dob, stride_doh, stride_dom, stride_qb, stride_qh, stride_qm,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys of one key head: algorithm 2 without its line 15."""
+    tiles = tl.cdiv(N_K, BLOCK_N)
+    start_n = tl.program_id(0) % tiles * BLOCK_N
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h_kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    dk_ptr += b * stride_dkb + h_kv * stride_dkh
+    dv_ptr += b * stride_dvb + h_kv * stride_dvh
+
+    k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D], line 6
+    v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    # Queries below lo see none of these keys, those from full on see all. Keys past the end need no
+    # mask here: they make rows of dk and dv of their own, which are not stored.
+    lo, full = 0, 0
+    if CAUSAL:
+        lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (N_K - N_Q), 0), BLOCK_M) * BLOCK_M
+    for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):
+        q_head = q_ptr + b * stride_qb + h * stride_qh
+        do_head = do_ptr + b * stride_dob + h * stride_doh
+        lse_head = lse_ptr + (b * H + h) * N_Q
+        delta_head = delta_ptr + (b * H + h) * N_Q
+        dk, dv = _dkdv_tiles(
+            dk, dv, k, v, q_head, do_head, lse_head, delta_head, full, N_Q, offs_n, scale,
+            N_Q, N_K, stride_qm, stride_dom, HEAD_DIM, BLOCK_M, BLOCK_D, CAUSAL, False, PRECISION,
+        )  # fmt: skip
+        if CAUSAL:
+            dk, dv = _dkdv_tiles(
+                dk, dv, k, v, q_head, do_head, lse_head, delta_head, lo, tl.minimum(full, N_Q),
+                offs_n, scale, N_Q, N_K, stride_qm, stride_dom, HEAD_DIM, BLOCK_M, BLOCK_D,
+                CAUSAL, True, PRECISION,
+            )  # fmt: skip
+
+    _store(dk_ptr, offs_n, stride_dkn, N_K, dk * scale, HEAD_DIM, BLOCK_D)  # line 18
+    _store(dv_ptr, offs_n, stride_dvn, N_K, dv, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dq_tiles(
+    dq, q, do, lse, delta, k_ptr, v_ptr, lo, hi, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of keys from lo to hi to dQ."""
+    for start_n in range(lo, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+        k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        _, ds = _p_and_ds(
+            q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, MASKED, PRECISION
+        )
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # line 15
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, scale,
+    stride_dob, stride_doh, stride_dom, stride_qb, stride_qh, stride_qm,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_dqb, stride_dqh, stride_dqm,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries of one head; the tiles and their order are the forward's."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    start_m = tl.program_id(0) % tiles * BLOCK_M
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    do_ptr += b * stride_dob + h * stride_doh
+    k_ptr += b * stride_kb + h // GROUP * stride_kh
+    v_ptr += b * stride_vb + h // GROUP * stride_vh
+    dq_ptr += b * stride_dqb + h * stride_dqh
+
+    q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    lse = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
+    delta = tl.load(delta_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
+    dq = _dq_tiles(
+        dq, q, do, lse, delta, k_ptr, v_ptr, 0, full, offs_m, scale, N_Q, N_K,
+        stride_kn, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, False, PRECISION,
+    )  # fmt: skip
+    dq = _dq_tiles(
+        dq, q, do, lse, delta, k_ptr, v_ptr, full, hi, offs_m, scale, N_Q, N_K,
+        stride_kn, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, True, PRECISION,
+    )  # fmt: skip
+
+    _store(dq_ptr, offs_m, stride_dqm, N_Q, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+def _tiles(table, table_fp32, q, allow_tf32):
+    """The configuration for this call, with what else the products need to know."""
+    d, fp32 = q.shape[3], q.dtype == torch.float32
+    m, n, warps, stages = _config(table_fp32 if fp32 else table, _host.capability(q.device), d)
+    precision = "tf32" if fp32 and allow_tf32 else "ieee"
+    return m, n, max(16, 1 << (d - 1).bit_length()), precision, warps, stages
+
+
+def forward(q, k, v, causal, scale, allow_tf32):
+    """Launch on checked tensors. Returns o, like q, and lse (B, H, N_Q) in fp32."""
+    (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
+    o = _host.empty_like(q)
+    lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
+    m, n, d, precision, warps, stages = _tiles(FORWARD, FORWARD_FP32, q, allow_tf32)
+    _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
+        q, k, v, o, lse, scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+        H, H // H_KV, N_Q, N_K,
+        D, m, n, d, causal, precision, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
+    """Launch on what forward took and returned. Returns dq, dk, dv, like q, k, v."""
+    (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
+    dq, dk, dv = _host.empty_like(q), _host.empty_like(k), _host.empty_like(v)
+    delta = torch.empty_like(lse)
+    m, n, d, precision, warps, stages = _tiles(BACKWARD, BACKWARD_FP32, q, allow_tf32)
+    strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    sizes = (H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision)
+    how = {"num_warps": warps, "num_stages": stages}
+    _delta_kernel[(-(-N_Q // m) * B * H,)](
+        o, do, delta, *o.stride()[:3], *do.stride()[:3], H, N_Q, D, m, d, num_warps=warps
+    )
+    _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
+        do, q, k, v, lse, delta, dk, dv, scale,
+        *strides, *dk.stride()[:3], *dv.stride()[:3], *sizes, **how,
+    )  # fmt: skip
+    _dq_kernel[(-(-N_Q // m) * B * H,)](
+        do, q, k, v, lse, delta, dq, scale, *strides, *dq.stride()[:3], *sizes, **how
+    )
+    return dq, dk, dv
+
+
+_op = _host.operator("v1_flash", forward, backward)
+
+
+def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32=False):
+    """softmax(scale · Q Kᵀ) V, with q (B, H, N_Q, D) and k, v (B, H_KV, N_K, D), H_KV dividing H.
+
+    Any lengths, D from 1 to 256, fp16, bf16 or fp32 (allow_tf32 trades its accuracy for tensor
+    cores), any strides with a contiguous last dim. causal is aligned bottom-right; a row that sees
+    no key gives 0. scale is 1/sqrt(D) unless given. With return_lse also the logarithm of each
+    row's sum of exponentials, (B, H, N_Q) in fp32, without a gradient. Gradients repeat bit by bit.
+
+    Raises ValueError where the arguments do not fit.
+    """
+    scale = _host.check(q, k, v, scale)
+    o, lse = _op(q, k, v, causal, scale, allow_tf32)
+    return (o, lse) if return_lse else o
