@@ -1,0 +1,406 @@
+"""What the sweeps share: provenance, records on disk, timing and memory.
+
+Clocks, all in milliseconds a call:
+
+    time_ms    GPU: device events around one eager call, the L2 cache flushed before each. CPU:
+               torch.utils.benchmark.Timer.
+    graph_ms   the same call replayed from a CUDA graph: the kernels without the host. Not flushed.
+    host_ms    wall time of an eager call, called back to back: what a small call costs a program.
+
+Memory, in MiB of 2^20 bytes: the peak that one call adds to what was allocated before it (inputs
+and parameters excluded), and on a GPU the absolute peak. GPU: the caching allocator's counters.
+CPU: what torch's allocator was asked for, summed over the profiler's memory events; the process'
+resident size would show what the C library has not yet returned.
+"""
+
+import contextlib
+import fcntl
+import functools
+import gc
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from flashstudy.figures import records
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+FLUSH_BYTES = 256 * MIB  # several times the L2 cache of any GPU
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+# Provenance
+
+
+def _output(*command):
+    """Standard output of a command, or None where it is absent or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _source():
+    """Fingerprint of the code that a measurement runs: records of other code do not mix with it."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("backends/*.py")]):
+        digest.update(path.read_bytes())
+    for path in (ROOT / "block.py", ROOT / "bench" / "common.py", ROOT / "bench" / "seqlen.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit():
+    """Commit of the checkout, with "+" where tracked files differ from it; None outside of one."""
+    top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
+    if top is None or Path(top) != ROOT:
+        return None
+    dirty = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    return _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") + "+" * bool(dirty)
+
+
+def gpu_state(device):
+    """Clocks, power, temperature and driver of a GPU by nvidia-smi; {} where there is none."""
+    fields = "uuid,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    text = None
+    if device.type == "cuda":
+        text = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    rows = [line.split(", ") for line in text.splitlines()] if text else []
+    if not rows:
+        return {}
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    row = next((r for r in rows if uuid and uuid in r[0]), rows[0])
+    names = ("sm_mhz", "memory_mhz", "power_w", "power_limit_w", "temperature_c")
+    state = {"driver": row[1]}
+    for name, value in zip(names, row[2:], strict=True):
+        with contextlib.suppress(ValueError):  # "[N/A]" on some boards
+            state[name] = float(value)
+    return state
+
+
+def environment(device):
+    """The fields of a record that say on what and with what it was measured."""
+    cuda = device.type == "cuda"
+    gpu = torch.cuda.get_device_name(device) if cuda else None
+    return {
+        "device": gpu if cuda else _cpu_name(),
+        "gpu": gpu,
+        "driver": gpu_state(device).get("driver"),
+        "memory_mib": round(memory_bytes(device) / MIB),
+        "threads": None if cuda else torch.get_num_threads(),
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "flash_attn": _version("flash_attn"),
+        "flash_attn_4": _version("flash-attn-4"),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "source": _source(),
+        "commit": _commit(),
+    }
+
+
+def memory_bytes(device):
+    """All of a GPU's memory; of a CPU, what the machine or its control group allows a process."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # "max" where the group sets no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
+def available_bytes():
+    """What a process on this CPU can still allocate before Linux kills one."""
+    free = memory_bytes(torch.device("cpu"))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = min(free, int(line.split()[1]) * 1024)
+    return free
+
+
+def utc():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+# Records
+
+
+class Records:
+    """A record file open for appending, held by one process at a time.
+
+    Opening repairs it: the partial last line of a killed run is cut off, nothing else, and `cut`
+    says how many bytes that was. `rows` holds what is there, `append` adds to both.
+
+    Raises OSError where the file cannot be written, records.RecordError where it is something else.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"another process is writing {self.path}") from None
+            self._file.seek(0)
+            data = self._file.read()
+            self.rows, length = records.parse(data, self.path)
+            self.cut = len(data) - length
+            if self.cut:
+                self._file.truncate(length)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, rows):
+        """Write rows in one piece and wait until the disk has them."""
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        self._file.write(lines.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows += rows
+
+    def close(self):
+        self._file.close()
+
+
+def summary(samples):
+    """p20, p50, p80 of a list and its length, as the fields of a record."""
+    if len(samples) > 1:
+        cuts = statistics.quantiles(samples, n=10, method="inclusive")
+        p20, p80 = cuts[1], cuts[7]
+    else:
+        p20 = p80 = samples[0]
+    p50 = statistics.median(samples)
+    return {"value": p50, "p50": p50, "p20": p20, "p80": p80, "samples": len(samples)}
+
+
+# Time
+
+
+def samples(fn, device, seconds, least, most):
+    """Milliseconds of single calls of fn: about `seconds` of them, from `least` to `most`."""
+    if device.type == "cpu":
+        return _cpu_samples(fn, seconds, least, most)
+    start, end = _events(), _events()
+    fn()
+    start.record()
+    fn()
+    end.record()
+    torch.cuda.synchronize()
+    estimate = max(start.elapsed_time(end), 1e-3)
+    for _ in range(min(20, int(5 / estimate))):  # 5 ms of warm-up, the clocks rise
+        fn()
+
+    count = max(least, min(most, int(seconds * 1e3 / estimate)))
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    pairs = [(_events(), _events()) for _ in range(count)]
+    for start, end in pairs:
+        flush.zero_()
+        start.record()
+        fn()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def _events():
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _cpu_samples(fn, seconds, least, most):
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
+    times = []  # of single calls, or of the mean of a few where the clock would show
+    while len(times) < least:
+        times += timer.blocked_autorange(min_run_time=seconds).times
+    step = max(1, len(times) // most)
+    return [t * 1e3 for t in times[::step]]
+
+
+def graph_samples(fn):
+    """Milliseconds a call, replayed from a CUDA graph that holds some 2 ms of calls."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(fn, rep=2, return_mode="all")
+
+
+def host_samples(fn, batches=20, calls=10):
+    """Wall milliseconds of an eager call among calls made back to back, one sample a batch."""
+    times = []
+    for _ in range(batches):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1e3 / calls)
+    return times
+
+
+# Memory
+
+
+def peak(fn, device):
+    """(delta, absolute) peak bytes of one call; absolute is None on a CPU. Call fn once before."""
+    gc.collect()
+    if device.type == "cpu":
+        return _cpu_peak(fn), None
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    out = fn()
+    torch.cuda.synchronize()
+    absolute = torch.cuda.max_memory_allocated(device)
+    del out
+    return absolute - before, absolute
+
+
+@contextlib.contextmanager
+def _silent_stderr():
+    """Some builds of torch's profiler announce themselves on file descriptor 2."""
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)
+
+
+def _cpu_peak(fn):
+    from torch.profiler import ProfilerActivity, profile
+
+    with (
+        _silent_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        out = fn()
+    del out
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        highest = max(highest, live)
+    return highest
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that the operations under it create and drop; `peak` bytes at most.
+
+    On meta tensors it tells what a computation would allocate, without allocating.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes = {}
+
+    def _dropped(self, key):
+        self.live -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        old = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if _is_tensor(t)}
+        for storage in (_storage(t) for t in tree_leaves(out) if _is_tensor(t)):
+            key = storage._cdata
+            if key not in old and key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._dropped, key)
+        return out
+
+
+def _is_tensor(t):
+    return isinstance(t, torch.Tensor)
+
+
+def _storage(t):
+    return t.untyped_storage()
+
+
+# Command lines
+
+
+def positive(text):
+    """argparse type: a whole number from 1 up."""
+    import argparse
+
+    try:
+        n = int(text)
+    except ValueError:
+        n = 0
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return n
+
+
+def positives(text):
+    """argparse type: such numbers, separated by commas."""
+    return [positive(part) for part in text.split(",") if part]
+
+
+def device_argument(text):
+    """argparse type: cpu, cuda or cuda:INDEX, if this machine has it."""
+    import argparse
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:INDEX, got {text!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"{text!r} asked for, but torch sees no CUDA GPU")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise argparse.ArgumentTypeError(
+                f"{text!r} asked for, but there are {torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def default_device():
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@functools.cache
+def short(dtype):
+    """float16 -> fp16 and so on, for people."""
+    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)

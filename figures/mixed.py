@@ -1,0 +1,118 @@
+"""How much of a speed-up was precision? Charts of a run of bench/seqlen.py --protocol mixed.
+
+    python figures/mixed.py results/seqlen-mixed-nvidia-h200.jsonl --out figures
+
+Timing Naive in float32 against flash in half precision mixes two things. With Naive timed in half
+precision too, speed-up = precision × algorithm, exactly:
+
+    t(naive, fp32) / t(flash, fp16) = t(naive, fp32) / t(naive, fp16) × t(naive, fp16) / t(flash, fp16)
+
+On a logarithmic axis the factors add up, so the bars are stacked there.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from flashstudy.figures import answers, records, style
+
+SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+
+
+def champion(half):
+    """The flash backend to draw: the quickest at the most lengths, earlier in the table on ties."""
+    wins = {b: 0 for b in answers.challengers(half, "")}
+    for n in half.lengths:
+        times = {b: r["p50"] for b in wins if (r := half.at(b, n, "time_ms"))}
+        if times:
+            wins[min(times, key=times.get)] += 1
+    return max(wins, key=wins.get) if wins else None
+
+
+def chart(wide, half, backend, rival):
+    found = answers.splits(wide, half, backend, rival)
+    if not found:
+        return None
+    fig, ax, _ = style.axes()
+    x = range(len(found))
+    # Each bar runs from 1 to its factor: precision first, the algorithm on top of it.
+    middle = [s.precision for s in found]
+    ax.bar(
+        x, [m - 1 for m in middle], 0.62, bottom=1, color=style.ORANGE, edgecolor="black",
+        label=f"precision: {records.label(rival)} fp32 → {SHORT[half.dtype]}",
+    )  # fmt: skip
+    ax.bar(
+        x, [s.mixed - m for s, m in zip(found, middle, strict=True)], 0.62, bottom=middle,
+        color=style.SKY, edgecolor="black", hatch="//",
+        label=f"algorithm: {records.label(rival)} → {records.label(backend)}, both {SHORT[half.dtype]}",
+    )  # fmt: skip
+    for i, s in enumerate(found):
+        ax.annotate(
+            f"{s.mixed:.1f}×", (i, max(s.mixed, s.precision, 1)), xytext=(0, 4),
+            textcoords="offset points", ha="center", fontsize=11, fontweight="bold",
+        )  # fmt: skip
+        if s.precision > 1.25:
+            ax.annotate(
+                f"{s.precision:.1f}×", (i, s.precision**0.5), ha="center", va="center", fontsize=10
+            )
+        if s.algorithm > 1.25:
+            ax.annotate(
+                f"{s.algorithm:.1f}×", (i, s.precision * s.algorithm**0.5), ha="center",
+                va="center", fontsize=10,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
+            )  # fmt: skip
+    ax.axhline(1, color="black", linewidth=1)
+    style.value_axis(ax, f"times as fast as {records.label(rival)} in fp32")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 0.9), high * 1.25)
+    ax.set_yticks([t for t in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= t <= high])
+    ax.minorticks_off()
+    ax.set_xticks(list(x), [style.tokens(s.n) for s in found])
+    ax.grid(axis="x", visible=False)
+    ax.set_xlabel("sequence length (tokens)")
+    where = "block" if wide.scope == "block" else "attention alone"
+    style.finish(
+        fig, ax, f"How much of the speed-up was precision? ({where}, {wide.direction})",
+        f"{half.title()}; {records.label(rival)} also float32. {half.provenance()}",
+        ["Bars start at 1 and multiply: total = precision × algorithm, on a logarithmic axis."
+         " A bar that reaches below 1 slowed down."],
+        columns=1,
+    )  # fmt: skip
+    return fig
+
+
+def draw(found, directory):
+    """Write a chart per scope, direction and rival that the sweeps hold both precisions of."""
+    paths = []
+    for wide, half in answers.pairs(found):
+        backend = champion(half)
+        for rival in answers.RIVALS:
+            fig = chart(wide, half, backend, rival) if backend else None
+            if fig is not None:
+                name = f"{wide.scope}-mixed-{rival}"
+                name += "" if wide.direction == "forward" else f"-{wide.direction}"
+                paths += style.save(fig, directory, name)
+    return paths
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("records", nargs="+", type=Path, help="record files, --protocol mixed")
+    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
+    args = parser.parse_args(argv)
+    try:
+        found = records.sweeps(records.read(*args.records))
+    except (OSError, records.RecordError) as e:
+        parser.error(f"argument records: {e}")
+    paths = draw(found, args.out)
+    if not paths:
+        parser.error("argument records: no backend was timed in float32 and in half precision")
+    for path in paths:
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
