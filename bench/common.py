@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
@@ -183,12 +184,16 @@ class Records:
             raise
 
     def append(self, rows):
-        """Write rows in one piece and wait until the disk has them."""
+        """Write rows in one piece and wait until the disk has them; Ctrl-C waits as well."""
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        self._file.write(lines.encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.rows += rows
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._file.write(lines.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self.rows += rows
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self):
         self._file.close()

@@ -13,6 +13,7 @@ Naive and SDPA at the same precision, by how much, and what ran out of memory.
 import argparse
 import contextlib
 import functools
+import gc
 import math
 import os
 import random
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 from flashstudy import backends
 from flashstudy.backends import torch_sdpa
 from flashstudy.bench import common
@@ -128,6 +130,7 @@ def build(cell, attention, device):
         forward = functools.partial(attention, *inputs, causal=cell.causal)
     if not backward:
         return forward, forward
+    torch._functorch.config.donated_buffer = False  # a compiled graph is run backward repeatedly
     out = forward()
     gradient = torch.randn_like(out)
     return (
@@ -153,9 +156,11 @@ def predict(cell, kernel=None):
     standard = row.family == "standard" or kernel == "math"
     if (standard and row.cpu != "native") or (not standard and cell.direction == "backward"):
         return None, None
-    attention = backends.load("sdpa-math" if kernel == "math" else cell.backend)
+    attention = ideal
+    if standard:
+        attention = backends.load("sdpa-math" if kernel == "math" else cell.backend)
     with torch.set_grad_enabled(cell.direction == "backward"):
-        _, whole = build(cell, attention if standard else ideal, torch.device("meta"))
+        _, whole = build(cell, attention, torch.device("meta"))
         whole()  # masks are cached on the first call, as they are before a measured one
         with common.LiveBytes() as counted:
             whole()
@@ -194,6 +199,7 @@ def outcome_into(result, device):
         except RuntimeError as e:
             result.fail("failed", first_line(e))
             raise DeadContext(result.reason) from None
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -203,7 +209,7 @@ class Bench:
     def __init__(self, device, effort, seed):
         self.device, self.effort, self.seed = device, effort, seed
         self.random = random.Random(seed)
-        self.verdicts = {}  # (backend, dtype, direction, scope-free shape) -> None or (status, reason)
+        self.verdicts = {}  # (backend, dtype, direction) -> (status, reason), of those that failed
 
     def verify(self, cells):
         """Judge each backend against the fp64 reference at the sweep's smallest length."""
@@ -224,15 +230,17 @@ class Bench:
             expectation = errors.expect(*tensors, causal=c.causal)
             for name in some:
                 judged = Result()
-                with outcome_into(judged, self.device):
-                    got = errors.run(backends.load(name), *tensors, causal=c.causal)
-                    verdict = errors.verdict(got, expectation)
-                    if not verdict.ok:
-                        judged.fail("wrong", f"at N = {n}: {'; '.join(verdict.reasons)}")
-                if judged.status != "ok":
-                    if judged.status != "wrong":
-                        judged.fail("failed", f"at its check, N = {n}: {judged.reason}")
-                    self.verdicts[name, dtype, direction] = judged.status, judged.reason
+                try:
+                    with outcome_into(judged, self.device):
+                        got = errors.run(backends.load(name), *tensors, causal=c.causal)
+                        verdict = errors.verdict(got, expectation)
+                        if not verdict.ok:
+                            judged.fail("wrong", f"at N = {n}: {'; '.join(verdict.reasons)}")
+                finally:
+                    if judged.status != "ok":
+                        status = "wrong" if judged.status == "wrong" else "failed"
+                        reason = f"at its check, {judged.reason}"
+                        self.verdicts[name, dtype, direction] = status, reason
 
     def _ready(self, cell):
         """The cell's functions on fresh data and, in the block, a fresh model."""
@@ -285,6 +293,8 @@ class Bench:
 
         step(cell, what) is told what is in hand. The rounds alternate: A B C, C A B, …
         """
+        gc.collect()
+        gc.freeze()  # compilers leave a million objects: the collections before each cell skip them
         results = {c: Result() for c in cells}
         for c in cells:
             if reason := reason_not(c.backend, self.device, c.dtype, c.direction == "backward"):
@@ -411,7 +421,7 @@ def precisions(backend, args):
 
 
 def pending(groups, done, shared, device):
-    """The groups without the cells that are recorded; an unsupported one may have become possible."""
+    """The groups without the cells that are recorded; what was unsupported may now be possible."""
 
     def finished(cell):
         found = done.get(records.key(cell.fields() | shared))
@@ -440,7 +450,13 @@ def sweep(args, store, shared):
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
     print("checking the backends against the fp64 reference …", flush=True)
-    bench.verify([c for group in todo for c in group if runs(c)])
+    try:
+        bench.verify([c for group in todo for c in group if runs(c)])
+    except DeadContext:
+        for c in (c for group in todo for c in group):
+            if judged := bench.verdicts.get((c.backend, c.dtype, c.direction)):
+                store.append(rows(c, Result(*judged), shared))
+        raise
     for (name, dtype, direction), (status, reason) in bench.verdicts.items():
         print(f"  {records.label(name)} ({direction}, {dtype}): {status}: {reason}")
 
@@ -479,7 +495,7 @@ METRICS = {
 
 
 def reports(one):
-    """A sweep through triton.testing.perf_report: a Benchmark per metric over the measured cells."""
+    """A sweep through triton.testing.perf_report: a Benchmark per metric over measured cells."""
     from flashstudy.figures import style
     from triton.testing import Benchmark, perf_report
 
@@ -520,7 +536,7 @@ def number(value):
 
 
 def print_tables(one, charts):
-    """Print a sweep's tables; perf_report's own charts and CSVs go to `charts` where it is given."""
+    """Print a sweep's tables; perf_report's own charts and CSVs go to `charts` unless None."""
     import matplotlib.pyplot as plt
 
     report, benchmarks, shown = reports(one)
@@ -575,8 +591,14 @@ def show(found, charts):
     if lines:
         print("\nBlock memory, bytes per token: fitted line against what must be held")
         table = [
-            [records.label(x.backend), s.direction, s.dtype, f"{x.fitted:,.0f}"]
-            + ["–" if x.analytic is None else f"{x.analytic:,.0f}", f"{x.worst:.1%}"]
+            [
+                records.label(x.backend),
+                s.direction,
+                s.dtype,
+                f"{x.fitted:,.0f}",
+                "–" if x.analytic is None else f"{x.analytic:,.0f}",
+                f"{x.worst:.1%}",
+            ]
             for s, x in lines
         ]
         print(
@@ -593,6 +615,12 @@ def show(found, charts):
         for path in (p for p in made if p.suffix == ".png"):
             print(f"  {path.name}")
         print(f"triton.testing.perf_report's own charts and CSVs: {charts}/perf_report/")
+    for wide, half in answers.pairs(found):
+        header, table = answers.mixed_table(wide, half)
+        if table:
+            where = "block" if wide.scope == "block" else "attention alone"
+            print(f"\nMixed precision, speed-up = precision × algorithm: {where}, {half.title()}")
+            print(tabulate(table, header, tablefmt="simple", disable_numparse=True))
     print()
     for one in found:
         print(" ".join(answers.words(one)) + "\n")
@@ -628,7 +656,7 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
     )
     add = parser.add_argument
     add("--backends", nargs="+", metavar="NAME", default=list(backends.BACKENDS),
-        help=f"which, in words or separated by commas (default: all of {', '.join(backends.BACKENDS)})")  # fmt: skip  # noqa: E501
+        help=f"which (default: all of {', '.join(backends.BACKENDS)})")  # fmt: skip
     add("--lengths", nargs="+", type=common.positives, metavar="N",
         help="sequence lengths (default: powers of two from 128 to 4096 on a CPU, to 8192, 16384 or"
              " 32768 on a GPU, by its memory)")  # fmt: skip
@@ -647,19 +675,21 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
     add("--causal", action=argparse.BooleanOptionalAction, default=True,
         help="causal attention, as language models run it, or full")  # fmt: skip
     add("--scope", choices=("block", "attention", "both"), default="both",
-        help="inside the Transformer block, the attention function alone, or both (default)")  # fmt: skip
+        help="inside the Transformer block, the attention function alone, or both (the default)",
+        )  # fmt: skip
     add("--direction", choices=("forward", "backward", "both"), default="forward",
         help="what to time (default: forward)")  # fmt: skip
     add("--dtype", choices=list(common.DTYPES),
         help="precision (default: float32 on a CPU, bfloat16 on a GPU that has it; under --protocol"
              " mixed the one of the flash backends, default float16)")  # fmt: skip
     add("--protocol", choices=("matched", "mixed"), default="matched",
-        help="matched: every backend at one precision. mixed: Naive and SDPA in float32 and flash in"
-             " --dtype, as studies often do, and Naive and SDPA in --dtype too, which splits the"
-             " speed-up into precision times algorithm")  # fmt: skip
+        help="matched: every backend at one precision. mixed: Naive and SDPA in float32 and flash"
+             " in --dtype, as studies often do, and Naive and SDPA in --dtype too, which splits"
+             " the speed-up into precision times algorithm")  # fmt: skip
     add("--quick", action="store_true", help="three lengths, few samples: a first look")
     add("--out", type=Path, metavar="FILE",
-        help="record file, JSON lines (default: results/seqlen-DEVICE.jsonl, seqlen-mixed-DEVICE.jsonl)")  # fmt: skip  # noqa: E501
+        help="record file, JSON lines (default: results/seqlen-DEVICE.jsonl or"
+             " results/seqlen-mixed-DEVICE.jsonl)")  # fmt: skip
     add("--charts", type=Path, metavar="DIR", help="where charts go (default: beside the records)")
     add("--no-charts", action="store_true", help="tables and the answer only")
     add("--no-progress", action="store_true", help="no progress bar")

@@ -1,7 +1,7 @@
 """What the records say, in words and small tables. Reads a records.Sweep, draws nothing.
 
-"Faster" respects the noise: the slow fifth of one (p80) must still beat the quick fifth of the other
-(p20). A crossover is the length from which a backend is faster at every measured length on.
+"Faster" respects the noise: the slow fifth of one (p80) must still beat the quick fifth of the
+other (p20). A crossover is the length from which a backend is faster at every measured length on.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,9 @@ RIVALS = ("naive", "sdpa")
 
 
 class Crossover(NamedTuple):
-    """kind: "everywhere" in the range, "from" `start` on, "never", "gone" (faster at `wins`, but not
-    at the longest common length), or "none" (no common length). ratio: the rival's time over the
-    backend's at `longest`, with the range [low, high] that the percentiles allow."""
+    """kind: "everywhere" in the range, "from" `start` on, "never", "gone" (faster at `wins`, but
+    not at the longest common length), or "none" (no common length). ratio: the rival's time over
+    the backend's at `longest`, with the range [low, high] that the percentiles allow."""
 
     backend: str
     rival: str
@@ -68,9 +68,9 @@ def crossover(sweep, backend, rival, metric="time_ms"):
     )  # fmt: skip
 
 
-def challengers(sweep, rival):
-    """The flash backends to hold against a rival (sdpa's own pick is none where it is the rival)."""
-    return [b for b in sweep.backends("ok") if records.family(b) == "flash" and b != rival]
+def challengers(sweep):
+    """The flash backends, which are held against the rivals."""
+    return [b for b in sweep.backends("ok") if records.family(b) == "flash"]
 
 
 def crossovers(sweep):
@@ -78,7 +78,7 @@ def crossovers(sweep):
         crossover(sweep, backend, rival)
         for rival in RIVALS
         if rival in sweep.backends("ok")
-        for backend in challengers(sweep, rival)
+        for backend in challengers(sweep)
     ]
 
 
@@ -155,14 +155,19 @@ def _names(backends):
 
 def _against(sweep, rival):
     """Sentences on every flash backend against one rival."""
-    found = [crossover(sweep, b, rival) for b in challengers(sweep, rival)]
+    found = [crossover(sweep, b, rival) for b in challengers(sweep)]
     found = [c for c in found if c.kind != "none"]
+    name = records.label(rival)
+    kernels = list(dict.fromkeys(picked(sweep).values())) if rival == "sdpa" else []
+    if kernels:
+        name += f" (torch ran its {' and '.join(kernels)} kernel)"
+    if len(kernels) == 1 and f"sdpa-{kernels[0]}" in (c.backend for c in found):
+        same = f"sdpa-{kernels[0]}"  # one kernel by two names: to compare them is to compare noise
+        found = [c for c in found if c.backend != same]
+        if not found:
+            yield f"{name} and {records.label(same)} run one kernel: no other flash backend ran."
     if not found:
         return
-    name = records.label(rival)
-    kernels = picked(sweep) if rival == "sdpa" else {}
-    if kernels:
-        name += f" (torch ran its {' and '.join(dict.fromkeys(kernels.values()))} kernel)"
     groups = {}
     for c in found:
         phrase = {
@@ -205,7 +210,10 @@ def _memory(sweep):
     bent = [s for s in slopes(sweep) if not s.linear]
     if lines:
         low, high = min(s.fitted for s in lines), max(s.fitted for s in lines)
-        text = f"Memory of {_names([s.backend for s in lines])} grows linearly:"
+        who = f"the {len(lines)} backends without stored scores"
+        if len(lines) <= 3:
+            who = _names([s.backend for s in lines])
+        text = f"Memory of {who} grows linearly:"
         text += f" {low:,.0f}" + (f" to {high:,.0f}" if round(low) != round(high) else "")
         text += " bytes a token fitted"
         if lines[0].analytic is not None:
@@ -262,6 +270,16 @@ def splits(wide, half, backend, rival):
     return found
 
 
+def champion(sweep):
+    """The flash backend that is quickest at the most lengths, earlier in the table on ties."""
+    wins = dict.fromkeys(challengers(sweep), 0)
+    for n in sweep.lengths:
+        times = {b: r["p50"] for b in wins if (r := sweep.at(b, n, "time_ms"))}
+        if times:
+            wins[min(times, key=times.get)] += 1
+    return max(wins, key=wins.get) if wins else None
+
+
 def pairs(all_sweeps):
     """(fp32 sweep, half-precision sweep) of the same thing, fp16 before bf16."""
     same = ("scope", "direction", "causal", "B", "E", "H", "H_KV", "D", "device", "source")
@@ -277,14 +295,24 @@ def pairs(all_sweeps):
     return found
 
 
-def mixed_words(wide, half):
-    """How much of the advantage under mixed precision was the precision: a list of sentences."""
-    said = []
+def mixed_table(wide, half):
+    """(header, rows): the two factors per rival and flash backend at their longest length."""
+    name = {"float16": "fp16", "bfloat16": "bf16"}[half.dtype]
+    header = ["fp32 baseline", f"{name} flash", "at N =", "speed-up", "= precision", "× algorithm"]
+    rows = []
     for rival in RIVALS:
-        for backend in challengers(half, rival):
-            found = splits(wide, half, backend, rival)
-            if not found:
-                continue
+        for backend in challengers(half):
+            for s in splits(wide, half, backend, rival)[-1:]:
+                factors = [f"{x:.2f}×" for x in (s.mixed, s.precision, s.algorithm)]
+                rows.append([records.label(rival), records.label(backend), s.n, *factors])
+    return header, rows
+
+
+def mixed_words(wide, half):
+    """How much of the quickest backend's advantage was precision: a sentence per rival."""
+    said, backend = [], champion(half)
+    for rival in RIVALS:
+        if found := splits(wide, half, backend, rival) if backend else None:
             s = found[-1]
             text = (
                 f"{records.label(rival)} in fp32 takes {s.mixed:.2f} times as long as"

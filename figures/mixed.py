@@ -5,7 +5,7 @@
 Timing Naive in float32 against flash in half precision mixes two things. With Naive timed in half
 precision too, speed-up = precision × algorithm, exactly:
 
-    t(naive, fp32) / t(flash, fp16) = t(naive, fp32) / t(naive, fp16) × t(naive, fp16) / t(flash, fp16)
+    naive fp32 / flash fp16  =  naive fp32 / naive fp16  ×  naive fp16 / flash fp16      (times)
 
 On a logarithmic axis the factors add up, so the bars are stacked there.
 """
@@ -17,16 +17,6 @@ from pathlib import Path
 from flashstudy.figures import answers, records, style
 
 SHORT = {"float16": "fp16", "bfloat16": "bf16"}
-
-
-def champion(half):
-    """The flash backend to draw: the quickest at the most lengths, earlier in the table on ties."""
-    wins = {b: 0 for b in answers.challengers(half, "")}
-    for n in half.lengths:
-        times = {b: r["p50"] for b in wins if (r := half.at(b, n, "time_ms"))}
-        if times:
-            wins[min(times, key=times.get)] += 1
-    return max(wins, key=wins.get) if wins else None
 
 
 def chart(wide, half, backend, rival):
@@ -44,7 +34,7 @@ def chart(wide, half, backend, rival):
     ax.bar(
         x, [s.mixed - m for s, m in zip(found, middle, strict=True)], 0.62, bottom=middle,
         color=style.SKY, edgecolor="black", hatch="//",
-        label=f"algorithm: {records.label(rival)} → {records.label(backend)}, both {SHORT[half.dtype]}",
+        label=f"algorithm: {records.label(rival)} → {records.label(backend)}, {SHORT[half.dtype]}",
     )  # fmt: skip
     for i, s in enumerate(found):
         ax.annotate(
@@ -70,9 +60,9 @@ def chart(wide, half, backend, rival):
     ax.set_xticks(list(x), [style.tokens(s.n) for s in found])
     ax.grid(axis="x", visible=False)
     ax.set_xlabel("sequence length (tokens)")
-    where = "block" if wide.scope == "block" else "attention alone"
+    where = "Block" if wide.scope == "block" else "Attention"
     style.finish(
-        fig, ax, f"How much of the speed-up was precision? ({where}, {wide.direction})",
+        fig, ax, f"How much of it was precision? {where}, {wide.direction}",
         f"{half.title()}; {records.label(rival)} also float32. {half.provenance()}",
         ["Bars start at 1 and multiply: total = precision × algorithm, on a logarithmic axis."
          " A bar that reaches below 1 slowed down."],
@@ -85,7 +75,7 @@ def draw(found, directory):
     """Write a chart per scope, direction and rival that the sweeps hold both precisions of."""
     paths = []
     for wide, half in answers.pairs(found):
-        backend = champion(half)
+        backend = answers.champion(half)
         for rival in answers.RIVALS:
             fig = chart(wide, half, backend, rival) if backend else None
             if fig is not None:

@@ -3,9 +3,9 @@
     python figures/seqlen.py results/seqlen-nvidia-h200.jsonl --out figures
 
 Writes, as PNG and SVG: SCOPE-runtime, SCOPE-memory, block-throughput, attention-tflops and
-SCOPE-speedup (over Naive), with SCOPE block or attention, and -backward, -float16 and so on where the
-records hold more than one. A cell that ran out of memory, failed or was wrong is marked in a strip
-above the axes; in the memory chart a hollow mark stands at the size that it would have needed.
+SCOPE-speedup (over Naive), with SCOPE block or attention, and -backward, -float16 and so on where
+the records hold more than one. A cell that ran out of memory, failed or was wrong is marked in a
+strip above the axes; in the memory chart a hollow mark stands at the size it would have needed.
 """
 
 import argparse
@@ -25,8 +25,8 @@ def names(found):
         twins = [s for s in found if s.scope == one.scope]
         parts = []
         for k, text in (
-            ("direction", "{}"), ("dtype", "{}"), ("causal", "causal={}"), ("B", "b{}"), ("E", "e{}"),
-            ("H", "h{}"), ("H_KV", "kv{}"), ("D", "d{}"),
+            ("direction", "{}"), ("dtype", "{}"), ("causal", "causal={}"), ("B", "b{}"),
+            ("E", "e{}"), ("H", "h{}"), ("H_KV", "kv{}"), ("D", "d{}"),
         ):  # fmt: skip
             plain = k == "direction" and one.direction == "forward"
             if len({s.about[k] for s in twins}) > 1 and not plain:
@@ -75,7 +75,7 @@ def chart(one, title, unit, values, log, memory=False):
         ax.plot(x, y, label=records.label(backend), **look.line())
         if not memory:
             ax.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
-    notes = []
+    notes, ahead_of = [], []
     if memory:
         for backend in one.backends("oom"):
             known = lines.get(backend, [])
@@ -92,17 +92,30 @@ def chart(one, title, unit, values, log, memory=False):
                 *zip(*ahead, strict=True), linestyle="none", marker=look.marker, color=look.color,
                 markerfacecolor="white", alpha=0.7,
             )  # fmt: skip
-            notes.append(f"{records.label(backend)}, dotted: what it would have needed.")
-        if total := one.row.get("memory_mib"):
-            highest = ax.get_ylim()[1]
-            if highest > total / 30:
-                ax.axhline(total, color=style.GREY, linewidth=1, linestyle=(0, (1, 1)))
-                ax.annotate(
-                    f"all of its memory, {answers.size(total)}", (one.lengths[0], total),
-                    xytext=(0, 3), textcoords="offset points", fontsize=10, color=style.GREY,
-                )  # fmt: skip
+            ahead_of.append(records.label(backend))
+        if ahead_of:
+            notes.append(f"Dotted, pale: what {', '.join(ahead_of)} would have needed.")
+        together = one_line(lines)
+        if len(together) > 2:
+            n, y = lines[together[0]][-1][:2]
+            ax.annotate(
+                f"{len(together)} backends on one line", (n, y), xytext=(8, -64),
+                textcoords="offset points", ha="right", fontsize=10.5,
+                arrowprops={"arrowstyle": "-", "color": style.GREY, "shrinkB": 6},
+            )  # fmt: skip
+            notes.append("On one line: " + ", ".join(map(records.label, together)) + ".")
+        total = one.row.get("memory_mib")
+        if total and ax.get_ylim()[1] > total / 30:
+            ax.axhline(total, color=style.GREY, linewidth=1, linestyle=(0, (1, 1)))
+            ax.annotate(
+                f"all of its memory, {answers.size(total)}", (one.lengths[0], total),
+                xytext=(0, 3), textcoords="offset points", fontsize=10, color=style.GREY,
+            )  # fmt: skip
     style.length_axis(ax, one.lengths)
-    style.value_axis(ax, unit, log)
+    if memory:
+        style.memory_axis(ax, unit)
+    else:
+        style.value_axis(ax, unit, log)
     absent = one.backends("unsupported")
     if absent:
         notes.append("Not run here: " + ", ".join(records.label(b) for b in absent) + ".")
@@ -117,6 +130,17 @@ def chart(one, title, unit, values, log, memory=False):
     else:
         style.finish(fig, ax, title, subtitle, notes)
     return fig
+
+
+def one_line(lines):
+    """Backends other than standard ones whose longest cells lie within 5 % of their median."""
+    last = {b: v[-1] for b, v in lines.items() if records.family(b) != "standard"}
+    longest = max((n for n, *_ in last.values()), default=0)
+    ends = {b: y for b, (n, y, *_) in last.items() if n == longest}
+    if not ends:
+        return []
+    middle = sorted(ends.values())[len(ends) // 2]
+    return [b for b, y in ends.items() if abs(y - middle) <= 0.05 * middle]
 
 
 def measured(one, metric, scale=1.0):
@@ -148,7 +172,7 @@ def draw(found, directory):
             "memory": (
                 "peak memory that a call adds"
                 + ("" if one.direction == "forward" else " (forward and backward)"),
-                "MiB", measured(one, "peak_delta_mib"), True, True,
+                "memory added", measured(one, "peak_delta_mib"), True, True,
             ),
             "throughput": (
                 f"throughput{direction}", "million tokens/s",

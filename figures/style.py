@@ -2,8 +2,8 @@
 
 Colours are Okabe and Ito's, which colour-blind readers tell apart. Nothing depends on them alone:
 markers differ between backends and lines between families, so that a grey print can be read.
-Standard attention is dashed with open shapes, library kernels are solid, and a step of the ladder is
-dash-dotted and marked with its own number.
+Standard attention is dashed with open shapes, library kernels are solid, and a step of the ladder
+is dash-dotted and marked with its own number.
 """
 
 import re
@@ -29,9 +29,9 @@ FIXED = {
     "sdpa-cudnn": (GREEN, "P"),
     "flex": (YELLOW, "X"),
     "flash-attn": (BLUE, "<"),
-    "flash-attn-4": (BLUE, "*"),
+    "flash-attn-4": ("#332288", "*"),
 }
-LADDER = ["#8C510A", "#A6611A", "#7B3294", "#C2185B", "#00796B", "#303F9F", "#5D4037", "#455A64"]
+LADDER = ["#8C510A", "#A6611A", "#7B3294", "#C2185B", "#00796B", "#6B8E23", "#5D4037", "#455A64"]
 SPARE = [("#7F7F7F", m) for m in ("h", "p", "d", "H", "8", ">")]
 
 plt.rcParams.update(
@@ -46,6 +46,7 @@ plt.rcParams.update(
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": "#DDDDDD",
         "grid.linewidth": 0.8,
         "lines.linewidth": 1.8,
@@ -118,6 +119,16 @@ def plain(x, _=None):
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:g}"
 
 
+def memory_axis(ax, name):
+    """MiB on a logarithmic axis of powers of four, with units at the ticks."""
+    ax.set_yscale("log", base=4)
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x / 1024:g} GiB" if x >= 1024 else f"{x:g} MiB")
+    )
+    ax.set_ylabel(name)
+
+
 def value_axis(ax, name, log=True):
     if log:
         ax.set_yscale("log")
@@ -141,13 +152,12 @@ def finish(fig, ax, title, subtitle, notes=(), columns=3, handles=None):
     extra = legend_inches + note_inches
     axes = fig.get_axes()
     boxes = [a.get_position() for a in axes]
-    fig.set_size_inches(width, height + extra)
+    total = height + extra
+    fig.set_size_inches(width, total)
     for a, box in zip(axes, boxes, strict=True):
         a.set_position(
-            [box.x0, (box.y0 * height + extra) / (height + extra), box.width]
-            + [box.height * height / (height + extra)]
+            (box.x0, (box.y0 * height + extra) / total, box.width, box.height * height / total)
         )
-    total = height + extra
     fig.legend(
         handles, labels, ncols=columns, loc="upper center", columnspacing=1.4, handlelength=2.6,
         bbox_to_anchor=(0.5, (extra + 0.02) / total),
@@ -162,7 +172,7 @@ def axes(strips=0):
     high = 0.3 * strips
     fig = plt.figure(figsize=(8, 5 + high))
     total = 5 + high
-    left, width, bottom = 0.11, 0.86, 0.66
+    left, width, bottom = 0.13, 0.84, 0.66
     ax = fig.add_axes([left, bottom / total, width, (5 - bottom - 0.5) / total])
     if not strips:
         return fig, ax, None

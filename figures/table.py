@@ -1,0 +1,185 @@
+"""Fill the tables of the READMEs from the reference records and the table of backends.
+
+    python figures/table.py                     # rewrite what stands between the markers
+    python figures/table.py --check             # exit code 1 where a file is stale
+    python figures/table.py --print seqlen-block
+
+A table stands between <!-- table:NAME --> and <!-- /table -->; what is there is replaced. Names:
+NAMES
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from flashstudy.figures import answers, records, style
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "figures" / "reference"
+MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+COMMANDS = {
+    "seqlen": "python bench/seqlen.py",
+    "mixed": "python bench/seqlen.py --protocol mixed",
+}
+
+
+class TableError(Exception):
+    """A table that cannot be made; says why."""
+
+
+def markdown(header, rows):
+    """A GitHub table, the first column left and the others right."""
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(str(c) for c in line)} |\n" for line in lines)
+
+
+def sweeps(file, **wanted):
+    """The sweeps of a reference file whose fields are as asked."""
+    path = REFERENCE / f"{file}.jsonl"
+    try:
+        found = records.sweeps(records.read(path))
+    except (OSError, records.RecordError) as e:
+        raise TableError(f"{path}: {e}") from None
+    found = [s for s in found if all(s.about[k] == v for k, v in wanted.items())]
+    if not found:
+        raise TableError(f"{path}: no sweep with {wanted}")
+    return found
+
+
+def caption(one, file):
+    return f"\n<sub>{one.title()}. {one.provenance()}. `{COMMANDS[file]}`</sub>\n"
+
+
+def by_length(scope, metric, form):
+    """Backends down, lengths across; what has no number says why."""
+    one = sweeps("seqlen", scope=scope, direction="forward")[0]
+    rows = []
+    for backend in one.backends("ok", "oom", "failed", "wrong"):
+        cells = []
+        for n in one.lengths:
+            row, status = one.at(backend, n, metric), one.status(backend, n)
+            cells.append(form(row["p50"]) if row else {"ok": "–", None: "–"}.get(status, status))
+        rows.append([records.label(backend), *cells])
+    header = ["", *(style.tokens(n) for n in one.lengths)]
+    return markdown(header, rows) + caption(one, "seqlen")
+
+
+def significant(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def crossovers(scope):
+    one = sweeps("seqlen", scope=scope, direction="forward")[0]
+    header, rows = answers.crossover_table(one)
+    return markdown(header, rows) + caption(one, "seqlen")
+
+
+def memory_fit():
+    one = sweeps("seqlen", scope="block", direction="forward")[0]
+    rows = [
+        [
+            records.label(s.backend),
+            f"{s.fitted:,.0f}",
+            "–" if s.analytic is None else f"{s.analytic:,.0f}",
+            f"{s.worst:.1%}",
+        ]
+        for s in answers.slopes(one)
+    ]
+    header = ["", "bytes/token, fitted", "analytic", "worst misfit"]
+    return markdown(header, rows) + caption(one, "seqlen")
+
+
+def answer():
+    return "\n".join(" ".join(answers.words(one)) + "\n" for one in sweeps("seqlen"))
+
+
+def mixed():
+    text = ""
+    for wide, half in answers.pairs(sweeps("mixed")):
+        header, rows = answers.mixed_table(wide, half)
+        where = "Inside the block" if wide.scope == "block" else "Attention alone"
+        text += f"{where}:\n\n{markdown(header, rows)}{caption(half, 'mixed')}\n"
+    if not text:
+        raise TableError(f"{REFERENCE / 'mixed.jsonl'}: no backend in both precisions")
+    return text.rstrip("\n") + "\n"
+
+
+def capabilities():
+    """The table of backends as a reader wants it."""
+    short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+    rows = []
+    for name, b in records.table().items():
+        scores = {"standard": "in memory", "flash": "on chip", "auto": "torch picks"}[b.family]
+        gpu = "any" if b.capability == (0, 0) else "sm_{}{}+".format(*b.capability)
+        dtypes = " ".join(short[str(d).removeprefix("torch.")] for d in b.dtypes)
+        backward = "yes" if b.backward else "no"
+        cpu = {"native": "yes", "interpreter": "interpreted"}.get(b.cpu, "no")
+        package = (b.package or "").split(".")[0].replace("_", "-")
+        rows.append([f"`{name}`", scores, gpu, dtypes, backward, cpu, package or "–"])
+    header = ["backend", "scores", "GPU", "dtypes on a GPU", "backward", "CPU", "needs"]
+    return markdown(header, rows)
+
+
+TABLES = {
+    "answer": answer,
+    "backends": capabilities,
+    "seqlen-block": lambda: by_length("block", "time_ms", significant),
+    "seqlen-throughput": lambda: by_length("block", "tokens_per_s", lambda v: significant(v / 1e6)),
+    "seqlen-memory": lambda: by_length("block", "peak_delta_mib", significant),
+    "seqlen-attention": lambda: by_length("attention", "tflops", significant),
+    "crossover-block": lambda: crossovers("block"),
+    "crossover-attention": lambda: crossovers("attention"),
+    "memory-fit": memory_fit,
+    "mixed": mixed,
+}
+
+
+def filled(text):
+    """The text with every marked table made anew."""
+
+    def make(match):
+        if match[2] not in TABLES:
+            raise TableError(f"no table {match[2]!r}; there are {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+
+    return MARKED.sub(make, text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.replace("NAMES", "    " + ", ".join(TABLES)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="default: README.md and kernels/README.md"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 where stale")
+    parser.add_argument("--print", choices=TABLES, metavar="NAME", help="print one table")
+    args = parser.parse_args(argv)
+    try:
+        if args.print:
+            print(TABLES[args.print](), end="")
+            return 0
+        usual = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+        stale = []
+        for path in args.files or [p for p in usual if p.exists()]:
+            text = path.read_text()
+            new = filled(text)
+            if new == text:
+                continue
+            stale.append(path)
+            if not args.check:
+                path.write_text(new)
+                print(f"{path}: rewritten")
+    except (OSError, TableError) as e:
+        parser.error(str(e))
+    if args.check:
+        for path in stale:
+            print(f"{path}: stale; run python figures/table.py", file=sys.stderr)
+        return 1 if stale else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
