@@ -49,9 +49,9 @@ import triton.language as tl
 
 from . import _host
 
-# Tiles by (compute capability, padded head dim), None: any GPU. BLOCK_M queries by BLOCK_N keys, and
-# num_stages tiles of the streamed operands in flight at once. The rows for any GPU fit in 99 KiB
-# of shared memory, which the smallest ones from sm_80 on have (sm_80 itself 163, sm_90 227).
+# BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
+# by (compute capability, padded head dim), None: any GPU. Those rows fit in the 99 KiB of shared
+# memory of the smallest GPUs from sm_80 on (sm_80 itself has 163, sm_90 227).
 FORWARD = {
     ((9, 0), 64): (128, 64, 4, 3),
     ((9, 0), 128): (128, 128, 8, 2),
@@ -60,31 +60,32 @@ FORWARD = {
     (None, 128): (128, 32, 4, 3),
     (None, 256): (64, 32, 4, 2),
 }
-BACKWARD = {
+DQ = {
     ((9, 0), 64): (64, 64, 4, 2),
     ((9, 0), 128): (64, 64, 4, 2),
     ((9, 0), 256): (32, 32, 4, 1),
+    (None, 64): (64, 64, 4, 2),
+    (None, 128): (64, 32, 4, 2),
+    (None, 256): (32, 32, 4, 1),
+}
+DKDV = {
+    ((9, 0), 64): (64, 64, 4, 2),
+    ((9, 0), 128): (32, 128, 8, 2),
+    ((9, 0), 256): (32, 32, 8, 1),
     (None, 64): (64, 64, 4, 2),
     (None, 128): (32, 64, 4, 2),
     (None, 256): (32, 32, 4, 1),
 }
 # fp32 at full precision does without tensor cores, and its operands fill the registers.
-FORWARD_FP32 = {
-    (None, 64): (32, 32, 4, 2),
-    (None, 128): (32, 32, 4, 1),
-    (None, 256): (16, 16, 4, 1),
-}
-BACKWARD_FP32 = {
-    (None, 64): (32, 32, 4, 1),
-    (None, 128): (16, 16, 4, 1),
-    (None, 256): (16, 16, 4, 1),
-}
+FORWARD_FP32 = {64: (32, 32, 4, 2), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
+DQ_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
+DKDV_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
 
 
-def _config(table, capability, head_dim):
-    """BLOCK_M, BLOCK_N, num_warps, num_stages of `table` for this GPU and head dim."""
+def _config(table, table_fp32, capability, head_dim, fp32):
+    """A row of the table for this GPU, or else for any."""
     d = max(64, 1 << (head_dim - 1).bit_length())
-    return table.get((capability, d)) or table[None, d]
+    return table_fp32[d] if fp32 else table.get((capability, d)) or table[None, d]
 
 
 @triton.jit
@@ -92,7 +93,9 @@ def _load(ptr, rows, stride, N, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a matrix as a tile, 0 past row N and column HEAD_DIM."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
-    return tl.load(ptr + rows[:, None] * stride + offs_d[None, :], mask=mask, other=0.0)
+    return tl.load(
+        ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0
+    )
 
 
 @triton.jit
@@ -100,7 +103,11 @@ def _store(ptr, rows, stride, N, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
     """The reverse of `_load`: what lies past the end is not written."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(ptr + rows[:, None] * stride + offs_d[None, :], tile.to(ptr.dtype.element_ty), mask)
+    tl.store(
+        ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :],
+        tile.to(ptr.dtype.element_ty),
+        mask,
+    )
 
 
 @triton.jit
@@ -123,31 +130,6 @@ def _visible(offs_m, offs_n, N_Q, N_K, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _forward_tiles(
-    acc, l_i, m_i, q, k_ptr, v_ptr, lo, hi, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Fold the tiles of keys from lo to hi into the state of the online softmax."""
-    for start_n in range(lo, hi, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
-        k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N], line 8
-        if MASKED:
-            s = tl.where(_visible(offs_m, offs_n, N_Q, N_K, CAUSAL), s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))  # [BLOCK_M], line 9
-        # A row that has seen no key yet is at -inf, and -inf - -inf would be NaN.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p = tl.exp(s - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
-        alpha = tl.exp(m_i - base)  # [BLOCK_M], 0 at the row's first key
-        l_i = alpha * l_i + tl.sum(p, 1)
-        v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # line 10
-        m_i = m_new
-    return acc, l_i, m_i
-
-
-@triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -156,18 +138,17 @@ def _forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O and lse of one tile of queries of one head: algorithm 1, one turn of its outer loop."""
+    """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
     tiles = tl.cdiv(N_Q, BLOCK_M)
     start_m = tl.program_id(0) % tiles * BLOCK_M
     pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
     b, h = pid_bh // H, pid_bh % H
-    offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
 
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h // GROUP * stride_kh  # GROUP heads of queries share one of keys
     v_ptr += b * stride_vb + h // GROUP * stride_vh
     o_ptr += b * stride_ob + h * stride_oh
-    lse_ptr += pid_bh * N_Q
 
     q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D], line 4
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
@@ -175,41 +156,30 @@ def _forward_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
-    acc, l_i, m_i = _forward_tiles(
-        acc, l_i, m_i, q, k_ptr, v_ptr, 0, full, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
-        HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, False, PRECISION,
-    )  # fmt: skip
-    acc, l_i, m_i = _forward_tiles(
-        acc, l_i, m_i, q, k_ptr, v_ptr, full, hi, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
-        HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, True, PRECISION,
-    )  # fmt: skip
+    for MASKED in tl.static_range(2):  # one loop body, compiled for full tiles and for masked ones
+        for start_n in tl.range(
+            full * MASKED, hi if MASKED else full, BLOCK_N, num_stages=1 if MASKED else None
+        ):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # line 8
+            if MASKED:
+                s = tl.where(_visible(offs_m, offs_n, N_Q, N_K, CAUSAL), s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1))  # [BLOCK_M], line 9
+            # A row that has seen no key yet is at -inf, and -inf - -inf would be NaN.
+            base = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+            p = tl.exp(s - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
+            alpha = tl.exp(m_i - base)  # [BLOCK_M], 0 at a row's first key
+            l_i = alpha * l_i + tl.sum(p, 1)
+            v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # 10
+            m_i = m_new
 
     o = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]  # line 12; a row without keys gives 0
     lse = m_i + tl.log(l_i)  # line 13; -inf there
 
     _store(o_ptr, offs_m, stride_om, N_Q, o, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + offs_m, lse, offs_m < N_Q)
-
-
-@triton.jit
-def _delta_kernel(
-    o_ptr, do_ptr, delta_ptr,
-    stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
-    H, N_Q,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(dO ∘ O): algorithm 2, line 4."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-
-    o_ptr += b * stride_ob + h * stride_oh
-    do_ptr += b * stride_dob + h * stride_doh
-
-    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
-    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
-    tl.store(delta_ptr + pid_bh * N_Q + offs_m, tl.sum(o * do, 1), offs_m < N_Q)
+    tl.store(lse_ptr + pid_bh * N_Q + offs_m, lse, offs_m < N_Q)
 
 
 @triton.jit
@@ -217,7 +187,7 @@ def _p_and_ds(
     q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """P and dS of one tile, recomputed from lse: algorithm 2, lines 10 to 14."""
+    """P and dS of one tile, recomputed from lse: algorithm 2, lines 10, 11, 13 and 14."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
     p = tl.exp(s - lse[:, None])
     if MASKED:  # not by s = -inf: a row without keys has lse = -inf, too
@@ -227,44 +197,69 @@ def _p_and_ds(
 
 
 @triton.jit
-def _dkdv_tiles(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, lo, hi, offs_n, scale, N_Q, N_K,
-    stride_qm, stride_dom,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, scale,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the tiles of queries from lo to hi to dK and dV."""
-    for start_m in range(lo, hi, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
-        # Past the end q and do are 0 and lse is inf, so that p and ds are 0: no mask is needed.
-        q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-        lse = tl.load(lse_ptr + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
-        delta = tl.load(delta_ptr + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
-        p, ds = _p_and_ds(
-            q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, MASKED, PRECISION
-        )
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)  # line 12
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)  # line 16
-    return dk, dv
+    """dQ and delta of one tile of queries; its loop visits the tiles that the forward's visits."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    start_m = tl.program_id(0) % tiles * BLOCK_M
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h // GROUP * stride_kh
+    v_ptr += b * stride_vb + h // GROUP * stride_vh
+    o_ptr += b * stride_ob + h * stride_oh
+    do_ptr += b * stride_dob + h * stride_doh
+    dq_ptr += b * stride_dqb + h * stride_dqh
+
+    q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    lse = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M], line 4
+    tl.store(delta_ptr + pid_bh * N_Q + offs_m, delta, offs_m < N_Q)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
+    for MASKED in tl.static_range(2):
+        for start_n in tl.range(
+            full * MASKED, hi if MASKED else full, BLOCK_N, num_stages=1 if MASKED else None
+        ):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            _, ds = _p_and_ds(
+                q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, MASKED, PRECISION
+            )
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # line 15
+
+    _store(dq_ptr, offs_m, stride_dqm, N_Q, dq * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _dkdv_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, scale,
-    stride_dob, stride_doh, stride_dom, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, scale,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys of one key head: algorithm 2 without its line 15."""
+    """dK and dV of one tile of keys: algorithm 2, one turn of its outer loop, without line 15."""
     tiles = tl.cdiv(N_K, BLOCK_N)
     start_n = tl.program_id(0) % tiles * BLOCK_N
     pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h_kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
-    offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
 
     k_ptr += b * stride_kb + h_kv * stride_kh
     v_ptr += b * stride_vb + h_kv * stride_vh
@@ -276,98 +271,57 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # Queries below lo see none of these keys, those from full on see all. Keys past the end need no
-    # mask here: they make rows of dk and dv of their own, which are not stored.
+    # Queries before lo see none of these keys, those from full on see all of them. Keys past the
+    # end need no mask: they only make rows of dk and dv that are not stored.
     lo, full = 0, 0
     if CAUSAL:
         lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (N_K - N_Q), 0), BLOCK_M) * BLOCK_M
-    for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):
+    for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):  # the heads of queries that share k and v
         q_head = q_ptr + b * stride_qb + h * stride_qh
         do_head = do_ptr + b * stride_dob + h * stride_doh
-        lse_head = lse_ptr + (b * H + h) * N_Q
-        delta_head = delta_ptr + (b * H + h) * N_Q
-        dk, dv = _dkdv_tiles(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, full, N_Q, offs_n, scale,
-            N_Q, N_K, stride_qm, stride_dom, HEAD_DIM, BLOCK_M, BLOCK_D, CAUSAL, False, PRECISION,
-        )  # fmt: skip
-        if CAUSAL:
-            dk, dv = _dkdv_tiles(
-                dk, dv, k, v, q_head, do_head, lse_head, delta_head, lo, tl.minimum(full, N_Q),
-                offs_n, scale, N_Q, N_K, stride_qm, stride_dom, HEAD_DIM, BLOCK_M, BLOCK_D,
-                CAUSAL, True, PRECISION,
-            )  # fmt: skip
+        row = (b * H + h) * N_Q
+        for MASKED in tl.static_range(2 if CAUSAL else 1):
+            for start_m in range(
+                lo if MASKED else full, tl.minimum(full, N_Q) if MASKED else N_Q, BLOCK_M
+            ):
+                offs_m = start_m + tl.arange(0, BLOCK_M)
+                q = _load(q_head, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+                do = _load(do_head, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)
+                # Past the end lse is inf, which makes p and ds 0.
+                lse = tl.load(lse_ptr + row + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
+                delta = tl.load(delta_ptr + row + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+                p, ds = _p_and_ds(
+                    q,
+                    do,
+                    k,
+                    v,
+                    lse,
+                    delta,
+                    offs_m,
+                    offs_n,
+                    scale,
+                    N_Q,
+                    N_K,
+                    CAUSAL,
+                    MASKED,
+                    PRECISION,
+                )
+                p, ds = p.to(do.dtype), ds.to(q.dtype)
+                dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)  # line 12
+                dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)  # line 16
 
     _store(dk_ptr, offs_n, stride_dkn, N_K, dk * scale, HEAD_DIM, BLOCK_D)  # line 18
     _store(dv_ptr, offs_n, stride_dvn, N_K, dv, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
-def _dq_tiles(
-    dq, q, do, lse, delta, k_ptr, v_ptr, lo, hi, offs_m, scale, N_Q, N_K, stride_kn, stride_vn,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the tiles of keys from lo to hi to dQ."""
-    for start_n in range(lo, hi, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N).to(tl.int64)
-        k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        _, ds = _p_and_ds(
-            q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, MASKED, PRECISION
-        )
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # line 15
-    return dq
-
-
-@triton.jit
-def _dq_kernel(
-    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dq_ptr, scale,
-    stride_dob, stride_doh, stride_dom, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_dqb, stride_dqh, stride_dqm,
-    H, GROUP, N_Q, N_K,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ of one tile of queries of one head; the tiles and their order are the forward's."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    start_m = tl.program_id(0) % tiles * BLOCK_M
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    offs_m = start_m + tl.arange(0, BLOCK_M).to(tl.int64)
-
-    q_ptr += b * stride_qb + h * stride_qh
-    do_ptr += b * stride_dob + h * stride_doh
-    k_ptr += b * stride_kb + h // GROUP * stride_kh
-    v_ptr += b * stride_vb + h // GROUP * stride_vh
-    dq_ptr += b * stride_dqb + h * stride_dqh
-
-    q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    lse = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
-    delta = tl.load(delta_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
-    full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
-    dq = _dq_tiles(
-        dq, q, do, lse, delta, k_ptr, v_ptr, 0, full, offs_m, scale, N_Q, N_K,
-        stride_kn, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, False, PRECISION,
-    )  # fmt: skip
-    dq = _dq_tiles(
-        dq, q, do, lse, delta, k_ptr, v_ptr, full, hi, offs_m, scale, N_Q, N_K,
-        stride_kn, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_D, CAUSAL, True, PRECISION,
-    )  # fmt: skip
-
-    _store(dq_ptr, offs_m, stride_dqm, N_Q, dq * scale, HEAD_DIM, BLOCK_D)
-
-
 def _tiles(table, table_fp32, q, allow_tf32):
-    """The configuration for this call, with what else the products need to know."""
+    """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
     d, fp32 = q.shape[3], q.dtype == torch.float32
-    m, n, warps, stages = _config(table_fp32 if fp32 else table, _host.capability(q.device), d)
-    precision = "tf32" if fp32 and allow_tf32 else "ieee"
-    return m, n, max(16, 1 << (d - 1).bit_length()), precision, warps, stages
+    m, n, warps, stages = _config(table, table_fp32, _host.capability(q.device), d, fp32)
+    precision = "tf32" if allow_tf32 else "ieee"
+    block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
+    return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
 
 
 def forward(q, k, v, causal, scale, allow_tf32):
@@ -375,12 +329,11 @@ def forward(q, k, v, causal, scale, allow_tf32):
     (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
     o = _host.empty_like(q)
     lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
-    m, n, d, precision, warps, stages = _tiles(FORWARD, FORWARD_FP32, q, allow_tf32)
+    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, q, allow_tf32)
     _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
         q, k, v, o, lse, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        H, H // H_KV, N_Q, N_K,
-        D, m, n, d, causal, precision, num_warps=warps, num_stages=stages,
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,
     )  # fmt: skip
     return o, lse
 
@@ -390,20 +343,19 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
     dq, dk, dv = _host.empty_like(q), _host.empty_like(k), _host.empty_like(v)
     delta = torch.empty_like(lse)
-    m, n, d, precision, warps, stages = _tiles(BACKWARD, BACKWARD_FP32, q, allow_tf32)
-    strides = (*do.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    sizes = (H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision)
-    how = {"num_warps": warps, "num_stages": stages}
-    _delta_kernel[(-(-N_Q // m) * B * H,)](
-        o, do, delta, *o.stride()[:3], *do.stride()[:3], H, N_Q, D, m, d, num_warps=warps
-    )
-    _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
-        do, q, k, v, lse, delta, dk, dv, scale,
-        *strides, *dk.stride()[:3], *dv.stride()[:3], *sizes, **how,
+    qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    m, n, d, precision, how = _tiles(DQ, DQ_FP32, q, allow_tf32)
+    _dq_kernel[(-(-N_Q // m) * B * H,)](  # first: it computes delta
+        q, k, v, o, do, dq, lse, delta, scale,
+        *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3],
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,
     )  # fmt: skip
-    _dq_kernel[(-(-N_Q // m) * B * H,)](
-        do, q, k, v, lse, delta, dq, scale, *strides, *dq.stride()[:3], *sizes, **how
-    )
+    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, q, allow_tf32)
+    _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
+        q, k, v, do, dk, dv, lse, delta, scale,
+        *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,
+    )  # fmt: skip
     return dq, dk, dv
 
 
