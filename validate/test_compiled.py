@@ -1,0 +1,81 @@
+"""The gate that compiles the shipped kernels without a GPU: it reads right, and it can say no."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("compiled.py")
+
+
+def run(*args, program=PROGRAM):
+    """Run the gate, or another program, in a process of its own that does not interpret."""
+    command = [sys.executable, program]
+    env = {"PATH": "/usr/bin:/bin", "TRITON_INTERPRET": "0"}
+
+    return subprocess.run(
+        [*map(str, command), *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        timeout=240,
+    )
+
+
+def test_text_book_step_compiles_clean():
+    got = run("--steps", "v1_flash", "--dtypes", "float16", "--head-dims", "64", "--arch", "90")
+    assert got.returncode == 0, got.stdout + got.stderr
+    assert "6 kernels compiled, 0 at fault" in got.stdout
+
+
+def test_spills_are_seen(tmp_path):
+    """A kernel that keeps far more values alive than a thread has registers must be rejected."""
+    program = tmp_path / "hog.py"
+    program.write_text(
+        textwrap.dedent("""
+        import torch, triton, triton.language as tl
+        from flashstudy.validate import compiled
+
+        @triton.jit
+        def hog(x_ptr, y_ptr, N: tl.constexpr):
+            x = tl.load(x_ptr + tl.arange(0, N))
+            for _ in range(tl.load(y_ptr).to(tl.int32)):  # x lives through the loop
+                x = x * x + tl.sum(x)
+            tl.store(y_ptr + tl.arange(0, N), x)
+
+        t = torch.empty(2048)
+        with compiled.compile_only(90) as kernels:
+            hog[(1,)](t, t, 2048, num_warps=1, maxnreg=32)
+        kernel = compiled._read(kernels[0], 90)
+        print(kernel.spills > 0, compiled.faults(kernel, 90, tuned=False))
+        """)
+    )
+    got = run(program=program)
+    assert got.returncode == 0, got.stderr
+    assert got.stdout.startswith("True ['spills"), got.stdout
+
+
+def test_shared_memory_limit_is_enforced():
+    from flashstudy.validate.compiled import Kernel, faults
+
+    fits = Kernel("k", 64, 0, 163 * 1024, 4, (), {})
+    assert faults(fits, 80, tuned=True) == []
+    assert "shared memory" in faults(fits._replace(shared=163 * 1024 + 1), 80, tuned=False)[0]
+
+
+def test_warnings_count_only_where_the_step_is_made_for_the_architecture():
+    from flashstudy.validate.compiled import Kernel, faults
+
+    serialised = Kernel("k", 64, 0, 0, 4, ("C7510",), {})
+    assert faults(serialised, 90, tuned=False) == []
+    assert faults(serialised, 90, tuned=True) == ["ptxas warns: C7510"]
+
+
+@pytest.mark.parametrize("args", [("--steps", "v99"), ("--arch", "12"), ("--dtypes", "int8")])
+def test_bad_arguments(args):
+    got = run(*args)
+    assert got.returncode == 2
+    assert args[0] in got.stderr
