@@ -50,6 +50,10 @@ EPS32, TINY32 = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 CHUNK = {"cuda": 1 << 26, "cpu": 1 << 22}
 
 
+class BadCase(ValueError):
+    """The inputs judge nobody: on them the reference or the yardstick is not finite."""
+
+
 class Stat(NamedTuple):
     """Errors of one output, in its own unit; `over` is the worse of the two error/budget ratios."""
 
@@ -201,7 +205,7 @@ def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
     """The reference and the budgets for these inputs (see the module's docstring).
 
     do: gradient of o, asks for dq, dk, dv too. lse: asks for the log-sum-exp too.
-    Raises ValueError where reference or yardstick is not finite: such inputs judge nobody.
+    Raises BadCase where reference or yardstick is not finite.
     """
     names = ["o"] + (["dq", "dk", "dv"] if do is not None else [])
     reference, worst = None, {n: [0.0, 0.0] for n in names}
@@ -215,7 +219,7 @@ def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
             error = (eager[n].double() - true[n]).abs()
             rounding = (true[n].to(q.dtype).double() - true[n]).abs().mean().item()
             if not error.isfinite().all():
-                raise ValueError(f"{n}: the reference or the yardstick is not finite")
+                raise BadCase(f"{n}: the reference or the yardstick is not finite")
             worst[n][0] = max(worst[n][0], error.max().item())
             worst[n][1] = max(worst[n][1], error.mean().item(), rounding)
 
