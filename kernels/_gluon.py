@@ -8,6 +8,10 @@ new Triton breaks one place. Compiled for sm_90 with Triton 3.6.0 and 3.9.0; run
 `why_not()` says what is missing where something is; importing this file never fails.
 """
 
+import functools
+
+from . import _host
+
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -25,6 +29,9 @@ __all__ = [
     "aggregate",
     "barrier_arrive",
     "barrier_sync",
+    "check",
+    "descriptor",
+    "strides",
     "tma_load",
     "tma_reduce_add",
     "tma_store",
@@ -34,17 +41,85 @@ __all__ = [
 ]
 
 
+HOPPER = (9, 0)  # exactly: wgmma and setmaxnreg are sm_90a's own, later GPUs do not run them
+
+
 def why_not(device=None):
-    """The reason why the Hopper kernels cannot run here (on `device`, a CUDA one), else None."""
+    """The reason why the Hopper steps cannot run here (on CUDA device `device`), else None."""
     if MISSING is not None:
         return MISSING
-    if device is not None:
-        import torch
-
-        # wgmma and setmaxnreg belong to sm_90a alone: later GPUs do not run this machine code.
-        if (have := torch.cuda.get_device_capability(device)) != (9, 0):
-            return "needs compute capability 9.0 exactly (Hopper), this GPU has {}.{}".format(*have)
+    if device is not None and (have := _host.capability(device)) != HOPPER:
+        return "needs compute capability 9.0 exactly (Hopper), this GPU has {}.{}".format(*have)
     return None
+
+
+# -- Host: checks and tensor descriptors ---------------------------------------------------------
+
+
+def check(q, k, v, scale=None):
+    """_host.check, and half precision and a head dim divisible by 8 on top; returns the scale."""
+    if q.device.type != "cuda":  # also under TRITON_INTERPRET=1: Gluon has no interpreter
+        raise ValueError(f"q: expected a CUDA tensor, got one on {q.device}")
+    scale = _host.check(q, k, v, scale, _host.HALF_DTYPES)
+    if q.shape[3] % 8:
+        raise ValueError(f"q: expected a head dim that is a multiple of 8, got {q.shape[3]}")
+    return scale
+
+
+def strides(name, t):
+    """The strides of a half-precision (B, H, N, D) tensor, in a form that TMA takes.
+
+    The copy engine addresses in steps of 16 bytes: base and strides must be multiples of that.
+
+    Raises ValueError where they are not; t.contiguous() is.
+    """
+    b, h, n, d = t.stride()
+    if (t.data_ptr() | (b | h | n) << 1) & 15:  # << 1: two bytes an element
+        b, h, n = (8 if size == 1 else x for size, x in zip(t.shape, (b, h, n), strict=False))
+        if (t.data_ptr() | (b | h | n) << 1) & 15:
+            raise ValueError(
+                f"{name}: expected storage and strides (B, H, N) in multiples of 16 bytes, got"
+                f" address {t.data_ptr():#x} and element strides {t.stride()}"
+            )
+    return b, h, n, 1
+
+
+if MISSING is None:
+
+    class _Layout(gl.NVMMASharedLayout):
+        """Rows of 128 bytes, swizzled: what TMA writes and wgmma reads without bank conflicts.
+
+        Triton asks for the repr of every descriptor's layout at every launch, and a dataclass takes
+        a microsecond for it: keep the text.
+        """
+
+        def __repr__(self):
+            return self._text
+
+    @functools.cache
+    def _layout(rank):
+        layout = _Layout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+        plain = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
+        object.__setattr__(layout, "_text", repr(plain))
+        return layout
+
+    class _Descriptor(TensorDescriptor):
+        """TensorDescriptor without its own checks, a microsecond less each: `strides` made them."""
+
+        def __init__(self, base, shape, strides, block_shape, layout):
+            self.base, self.shape, self.strides = base, shape, strides
+            self.block_shape, self.layout, self.padding = block_shape, layout, "zero"
+            self.round_f32_to_tf32 = False
+
+    def descriptor(base, shape, strides, block_shape):
+        """Describe a half-precision tensor to TMA as tiles of `block_shape`, last dim contiguous.
+
+        A tile may reach past the end of any dim: loads fill with zeros, stores leave out. So keep
+        one dim per head and per batch, then a ragged tail never touches its neighbour, and a head
+        dim smaller than the tile's is padded for free. Built anew for every call: a cache would be
+        keyed by address, shape and strides, whose look-up costs what it saves.
+        """
+        return _Descriptor(base, shape, strides, block_shape, _layout(len(shape)))
 
 
 if MISSING is None:
@@ -86,10 +161,10 @@ if MISSING is None:
 
     # -- Named barriers: `bar` of PTX, 16 a CTA, counted in threads --------------------------------
     # Triton takes ids from 0 upwards (0: the default partition, 1: the switch into partitions, 2..:
-    # one per further 4-warp partition; one-warp partitions use none): with at most three further
-    # partitions 8 to 15 are free. `threads` counts all participants, those that sync and those that
-    # only arrive, and is a multiple of 32. Called by every thread of a partition. Values may be
-    # run-time integers; compile-time ones become immediates.
+    # one per further 4-warp partition; one-warp partitions use none), we from 15 downwards; a test
+    # looks at the machine code for an overlap. `threads` counts all participants, those that sync
+    # and those that only arrive, and is a multiple of 32. Called by every thread of a partition.
+    # Values may be run-time integers; compile-time ones become immediates.
 
     @gluon.jit
     def barrier_sync(barrier, threads):
