@@ -25,17 +25,20 @@ import platform
 import signal
 import statistics
 import subprocess
+import threading
 import time
 import weakref
 from pathlib import Path
 
 import torch
+from flashstudy.backends import BACKENDS
 from flashstudy.figures import records
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
+METHOD = ("block.py", "bench/common.py", "bench/seqlen.py")  # what every measurement runs
 FLUSH_BYTES = 256 * MIB  # several times the L2 cache of any GPU
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -67,12 +70,21 @@ def _cpu_name():
     return platform.processor() or platform.machine()
 
 
-def _source():
-    """Fingerprint of the code that a measurement runs: records of other code do not mix with it."""
+@functools.cache
+def source(backend=None):
+    """Fingerprint of the code that a measurement of a backend, or of any, runs.
+
+    Records of other code do not count as the same measurement: a changed kernel is measured again,
+    and only it.
+    """
+    paths = [*ROOT.glob("kernels/*.py"), *ROOT.glob("backends/*.py")]
+    if backend is not None:
+        module = BACKENDS[backend].target.split(":")[0].replace(".", "/")
+        paths = [ROOT / f"{module}.py"]
+        if module.startswith("kernels/"):
+            paths += ROOT.glob("kernels/_*.py")
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("kernels/*.py"), *ROOT.glob("backends/*.py")]):
-        digest.update(path.read_bytes())
-    for path in (ROOT / "block.py", ROOT / "bench" / "common.py", ROOT / "bench" / "seqlen.py"):
+    for path in [*sorted(paths), *(ROOT / p for p in METHOD)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -123,7 +135,7 @@ def environment(device):
         "flash_attn": _version("flash_attn"),
         "flash_attn_4": _version("flash-attn-4"),
         "float32_matmul": torch.get_float32_matmul_precision(),
-        "source": _source(),
+        "source": source(),
         "commit": _commit(),
     }
 
@@ -153,6 +165,22 @@ def utc():
 
 
 # Records
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits():
+    """SIGINT inside takes effect at the end. (Masking it would leave it to another thread.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = []
+    before = signal.signal(signal.SIGINT, lambda *args: caught.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
 
 
 class Records:
@@ -186,14 +214,11 @@ class Records:
     def append(self, rows):
         """Write rows in one piece and wait until the disk has them; Ctrl-C waits as well."""
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _ctrl_c_waits():
             self._file.write(lines.encode())
             self._file.flush()
             os.fsync(self._file.fileno())
             self.rows += rows
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self):
         self._file.close()

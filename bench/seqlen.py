@@ -59,11 +59,12 @@ class Cell(NamedTuple):
     def head_dim(self):
         return self.E // self.H
 
-    def fields(self):
-        """As a record has it."""
+    def fields(self, shared):
+        """As a record has it, on top of the fields that all records of a run share."""
         own = self._asdict()
         n = own.pop("N")
-        return own | {"N_Q": n, "N_K": n, "D": self.head_dim}
+        own |= {"N_Q": n, "N_K": n, "D": self.head_dim}
+        return shared | own | {"source": common.source(self.backend)}
 
     def flops(self):
         """Of the two matrix products; causal needs half of them, a backward 2.5 times as many."""
@@ -331,7 +332,7 @@ def picked(cell, device):
 
 def rows(cell, result, shared):
     """The records of a measured cell, that of its time last: it says that the cell is complete."""
-    base = {"study": "seqlen"} | cell.fields() | {"sdpa_kernel": result.kernel} | shared
+    base = {"study": "seqlen"} | cell.fields(shared) | {"sdpa_kernel": result.kernel}
     base["utc"] = common.utc()
     predicted, floor = predict(cell, result.kernel)
     base["predicted_mib"] = None if predicted is None else predicted / common.MIB
@@ -424,7 +425,7 @@ def pending(groups, done, shared, device):
     """The groups without the cells that are recorded; what was unsupported may now be possible."""
 
     def finished(cell):
-        found = done.get(records.key(cell.fields() | shared))
+        found = done.get(records.key(cell.fields(shared)))
         if found is None or found["time_ms"]["status"] != "unsupported":
             return found is not None
         backward = cell.direction == "backward"
@@ -648,7 +649,7 @@ that of forward and backward. FLOPs: 4·B·H·N²·D, half of it when causal, 2.
 How it resumes. Every cell is appended to the record file when it is done, so the same command goes
 on where an interrupted one stopped and measures nothing twice. A cell is the same one when its
 sizes, dtype and scope are, and the GPU, the versions of CUDA, cuDNN, torch, Triton and flash-attn,
-the sources of the backends and of this program, and --quick or not. A run out of memory is a result
+the sources of the backend and of this program, and --quick or not. A run out of memory is a result
 like any other; to measure again, name another --out.
 
 Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed or was wrong,
@@ -730,14 +731,12 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
         name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         mixed = "mixed-" if args.protocol == "mixed" else ""
         args.out = Path("results") / f"seqlen-{mixed}{name}.jsonl"
-    if args.charts is None:
-        args.charts = args.out.with_suffix("")
-        if args.charts == args.out:
-            args.charts = args.out.with_name(args.out.name + "-charts")
     try:
         store = common.Records(args.out)
     except (OSError, records.RecordError) as e:
         parser.error(f"argument --out: cannot append to {args.out}: {e}")
+    if args.charts is None:
+        args.charts = args.out.with_name(args.out.stem + "-charts" * (not args.out.suffix))
     return args, store
 
 
@@ -766,7 +765,7 @@ def main(argv=None):
         try:
             sweep(args, store, shared)
         except KeyboardInterrupt:
-            wanted = {records.key(c.fields() | shared) for g in plan(args) for c in g}
+            wanted = {records.key(c.fields(shared)) for g in plan(args) for c in g}
             kept = len(wanted & records.gather(store.rows).keys())
             print(f"\ninterrupted: {kept} of {len(wanted)} cells are in {args.out};", end=" ")
             print(f"the same command goes on from there:\n  {again}", flush=True)
@@ -778,7 +777,7 @@ def main(argv=None):
             store.close()
             os.execv(sys.executable, sys.orig_argv)
 
-        wanted = {records.key(c.fields() | shared) for g in plan(args) for c in g}
+        wanted = {records.key(c.fields(shared)) for g in plan(args) for c in g}
         mine = [r for r in store.rows if "backend" in r and records.key(r) in wanted]
         show(records.sweeps(mine), None if args.no_charts else args.charts)
         statuses = {m["time_ms"]["status"] for m in records.gather(mine).values()}

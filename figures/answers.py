@@ -282,7 +282,7 @@ def champion(sweep):
 
 def pairs(all_sweeps):
     """(fp32 sweep, half-precision sweep) of the same thing, fp16 before bf16."""
-    same = ("scope", "direction", "causal", "B", "E", "H", "H_KV", "D", "device", "source")
+    same = ("scope", "direction", "causal", "B", "E", "H", "H_KV", "D", "device", "torch")
     found = []
     for wide in (s for s in all_sweeps if s.dtype == "float32"):
         halves = [

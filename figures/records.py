@@ -14,7 +14,7 @@ gives fields to the rows after it: the committed reference records are shortened
 import json
 from pathlib import Path
 
-# What two rows must share to be comparable: the machine, the software, how long was measured.
+# What makes two measurements of a cell the same one: machine, software, how long was measured.
 ENVIRONMENT = (
     "device", "threads", "cuda", "cudnn", "torch", "triton", "flash_attn", "flash_attn_4",
     "source", "effort",
@@ -89,14 +89,17 @@ def gather(rows):
 class Sweep:
     """The cells that differ in backend and length alone: what one chart shows."""
 
-    SHARED = ("scope", "direction", "dtype", "causal", "B", "E", "H", "H_KV", "D", *ENVIRONMENT)
+    # All of the environment but the sources, which each backend has its own of.
+    SETUP = tuple(k for k in ENVIRONMENT if k != "source")
+    SHARED = ("scope", "direction", "dtype", "causal", "B", "E", "H", "H_KV", "D", *SETUP)
 
     def __init__(self, cells):
+        cells = sorted(cells, key=lambda m: m["time_ms"].get("utc") or "")  # the newest one stays
         self.cells = {(m["time_ms"]["backend"], m["time_ms"]["N_Q"]): m for m in cells}
         first = cells[0]["time_ms"]
         self.about = {k: first.get(k) for k in self.SHARED}
-        self.newest = max(m["time_ms"].get("utc") or "" for m in cells)
-        self.row = max((m["time_ms"] for m in cells), key=lambda r: r.get("utc") or "")
+        self.row = cells[-1]["time_ms"]
+        self.newest = self.row.get("utc") or ""
         self.lengths = sorted({n for _, n in self.cells})
         self.scope, self.direction = self.about["scope"], self.about["direction"]
         self.dtype = self.about["dtype"]
@@ -159,7 +162,7 @@ def sweeps(rows):
         groups.setdefault(tuple(cell["time_ms"].get(k) for k in Sweep.SHARED), []).append(cell)
     newest = {}
     for sweep in map(Sweep, groups.values()):
-        what = tuple(v for k, v in sweep.about.items() if k not in ENVIRONMENT)
+        what = tuple(v for k, v in sweep.about.items() if k not in Sweep.SETUP)
         if what not in newest or newest[what].newest < sweep.newest:
             newest[what] = sweep
     order = ("block", "attention"), ("forward", "backward")

@@ -1,0 +1,413 @@
+"""bench/seqlen.py and bench/doctor.py as their users meet them, on tiny shapes on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from flashstudy import backends
+from flashstudy.bench import common, doctor, seqlen
+from flashstudy.figures import records
+
+TINY = [
+    "--device",
+    "cpu",
+    "--embed",
+    "32",
+    "--heads",
+    "2",
+    "--quick",
+    "--no-charts",
+    "--no-progress",
+]
+TWO = [*TINY, "--backends", "naive", "sdpa-flash", "--lengths", "16,32"]
+FIELDS = {
+    "backend", "direction", "metric", "value", "unit", "B", "H", "H_KV", "N_Q", "N_K", "D", "E",
+    "dtype", "causal", "scope", "p50", "p20", "p80", "samples", "status", "reason", "sdpa_kernel",
+    "device", "gpu", "driver", "cuda", "cudnn", "torch", "triton", "flash_attn", "flash_attn_4",
+    "commit", "source", "utc", "seed", "protocol", "effort",
+}  # fmt: skip
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def cells_of(path):
+    return {
+        (
+            m["time_ms"]["backend"],
+            m["time_ms"]["scope"],
+            m["time_ms"]["dtype"],
+            m["time_ms"]["N_Q"],
+        ): m
+        for m in records.gather(records.read(path)).values()
+    }
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Tiny shapes on several threads measure how threads wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The functions that were timed, a list that grows."""
+    calls, samples = [], common.samples
+
+    def count(fn, *rest):
+        calls.append(fn)
+        return samples(fn, *rest)
+
+    monkeypatch.setattr(common, "samples", count)
+    return calls
+
+
+def replace(monkeypatch, name, function):
+    """Make backend `name` run `function(original, q, k, v, **rest)`."""
+    original, load = backends.load(name), backends.load
+
+    def attention(q, k, v, **rest):
+        if q.device.type == "meta":  # the prediction of memory, which runs nothing
+            return original(q, k, v, **rest)
+        return function(original, q, k, v, **rest)
+
+    monkeypatch.setattr(backends, "load", lambda n: attention if n == name else load(n))
+
+
+def test_a_run_records_every_cell_and_the_same_command_measures_nothing(tmp_path, counted, capsys):
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--out", str(out)]) == 0
+    first = capsys.readouterr().out
+    assert "8 cells, 0 recorded already, 8 to measure" in first
+    assert "Inside the block" in first.split("\n\n")[-3]  # the answer comes last
+    assert "Attention alone" in first.split("\n\n")[-2]
+    assert len(cells_of(out)) == len(counted) == 8
+    before = out.read_bytes()
+    assert seqlen.main([*TWO, "--out", str(out)]) == 0
+    assert "8 recorded already, 0 to measure" in capsys.readouterr().out
+    assert len(counted) == 8
+    assert out.read_bytes() == before
+
+
+def test_more_lengths_measure_only_what_is_new(tmp_path, counted):
+    out = tmp_path / "r.jsonl"
+    block = [*TINY, "--backends", "naive", "--scope", "block", "--out", str(out)]
+    seqlen.main([*block, "--lengths", "16"])
+    seqlen.main([*block, "--lengths", "16", "24"])
+    assert len(counted) == 2
+    seqlen.main([*block, "--lengths", "16", "24", "--no-causal"])
+    assert len(counted) == 4
+
+
+def test_records_carry_their_provenance_and_consistent_values(tmp_path):
+    out = tmp_path / "r.jsonl"
+    seqlen.main([*TWO, "--batch", "3", "--out", str(out)])
+    for (backend, scope, _, n), cell in cells_of(out).items():
+        for row in cell.values():
+            assert row.keys() >= FIELDS
+            assert row["status"] == "ok"
+            assert row["value"] == row["p50"]
+            assert row["p20"] <= row["p50"] <= row["p80"]
+            assert row["samples"] >= 1
+            assert row["unit"] == seqlen.UNITS[row["metric"]]
+            assert (row["B"], row["H"], row["H_KV"], row["D"], row["N_K"]) == (3, 2, 2, 16, n)
+            assert row["gpu"] is None
+            assert row["device"]
+        ms = cell["time_ms"]["p50"]
+        if scope == "block":
+            assert cell["tokens_per_s"]["value"] == pytest.approx(3 * n / (ms * 1e-3))
+            assert cell["tokens_per_s"]["p20"] == pytest.approx(3e3 * n / cell["time_ms"]["p80"])
+        else:
+            flops = 4 * 3 * 2 * n * n * 16 / 2
+            assert cell["tflops"]["value"] == pytest.approx(flops / (ms * 1e-3) / 1e12)
+        assert cell["peak_delta_mib"]["value"] > 0, backend
+
+
+def test_a_last_line_cut_off_is_dropped_alone_and_its_cell_measured_again(
+    tmp_path, counted, capsys
+):
+    out = tmp_path / "r.jsonl"
+    seqlen.main([*TWO, "--out", str(out)])
+    data = out.read_bytes().splitlines(keepends=True)
+    last = max(i for i, line in enumerate(data) if b'"time_ms"' in line)
+    out.write_bytes(b"".join(data[:last]) + data[last][:100])
+    counted.clear()
+    assert seqlen.main([*TWO, "--out", str(out)]) == 0
+    assert "dropped a last line cut off in writing (100 bytes)" in capsys.readouterr().out
+    assert len(counted) == 1
+    assert out.read_bytes().startswith(b"".join(data[:last]))
+    assert len(cells_of(out)) == 8
+
+
+def test_ctrl_c_loses_no_record_and_the_same_command_goes_on(tmp_path):
+    out = tmp_path / "r.jsonl"
+    command = [sys.executable, seqlen.__file__, *TINY, "--backends", "naive,sdpa-flash,sdpa-math"]
+    command += ["--lengths", ",".join(map(str, range(16, 80, 16))), "--out", str(out)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and run.poll() is None:
+            if out.exists() and out.read_text().count('"time_ms"') >= 6:
+                break
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        said, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130, said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    kept = cells_of(out)
+    assert 6 <= len(kept) < 24
+    assert f"{len(kept)} of 24 cells" in said
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"24 cells, {len(kept)} recorded already, {24 - len(kept)} to measure" in done.stdout
+    seen = [(records.key(r), r["metric"]) for r in rows_of(out) if "backend" in r]
+    assert len(seen) == len(set(seen))
+    assert len(cells_of(out)) == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backends", "nave"], "--backends: no backend 'nave'; there are naive, sdpa"),
+        (["--backends", ","], "--backends: expected at least one name"),
+        (["--lengths", "-5"], "--lengths: expected a whole number from 1 up, got '-5'"),
+        (["--lengths", "0"], "--lengths: expected a whole number from 1 up, got '0'"),
+        (["--lengths", "128,x"], "--lengths: expected a whole number from 1 up, got 'x'"),
+        (["--batch", "0"], "--batch: expected a whole number from 1 up, got '0'"),
+        (["--embed", "100", "--heads", "3"], "--heads: 3 does not divide --embed 100"),
+        (["--heads", "4", "--kv-heads", "3"], "--kv-heads: 3 does not divide --heads 4"),
+        (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
+        (["--device", "tpu"], "--device: expected cpu, cuda or cuda:INDEX, got 'tpu'"),
+        (["--protocol", "mixed", "--dtype", "float32"], "--dtype: --protocol mixed compares"),
+        (["--out", "/dev/null/x.jsonl"], "--out: cannot append to /dev/null/x.jsonl"),
+        (["--out", "/"], "--out: cannot append to /"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_measured(arguments, says, capsys, counted):
+    with pytest.raises(SystemExit) as stop:
+        seqlen.main([*TINY[:2], *arguments])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not counted
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA GPU")
+def test_cuda_without_a_gpu_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        seqlen.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert "--device: 'cuda' asked for, but torch sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    out.write_text('{"a": 1}\nnot a record\n{"b": 2}\n')
+    with pytest.raises(SystemExit) as stop:
+        seqlen.main([*TWO, "--out", str(out)])
+    assert stop.value.code == 2
+    assert "r.jsonl:2: not a record" in capsys.readouterr().err
+    assert out.read_text() == '{"a": 1}\nnot a record\n{"b": 2}\n'
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    held = common.Records(tmp_path / "r.jsonl")
+    with pytest.raises(OSError, match="another process is writing"):
+        common.Records(tmp_path / "r.jsonl")
+    held.close()
+    common.Records(tmp_path / "r.jsonl").close()
+
+
+def test_out_of_memory_is_a_row_with_the_predicted_size(tmp_path, monkeypatch, capsys):
+    def starved(original, q, k, v, **rest):
+        if q.shape[2] > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+        return original(q, k, v, **rest)
+
+    replace(monkeypatch, "naive", starved)
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--out", str(out)]) == 0
+    cells = cells_of(out)
+    assert len(cells) == 8
+    for (backend, _, _, n), cell in cells.items():
+        row = cell["time_ms"]
+        if (backend, n) == ("naive", 32):
+            assert set(cell) == {"time_ms"}
+            assert (row["status"], row["value"], row["samples"]) == ("oom", None, 0)
+            assert "CUDA out of memory" in row["reason"]
+            assert row["predicted_mib"] * 2**20 >= 2 * 2 * 32 * 32 * 4  # S and P
+        else:
+            assert row["status"] == "ok"
+    assert "Naive ran out of memory at 32 tokens: at 32 it would have" in capsys.readouterr().out
+
+
+def test_a_failing_cell_does_not_end_the_run_but_shows_in_the_exit_code(tmp_path, monkeypatch):
+    def broken(original, q, k, v, **rest):
+        if q.shape[2] > 16:
+            raise RuntimeError("no kernel image is available. Consider this and that")
+        return original(q, k, v, **rest)
+
+    replace(monkeypatch, "naive", broken)
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--out", str(out)]) == 1
+    found = {(b, n): m["time_ms"] for (b, _, _, n), m in cells_of(out).items()}
+    assert found["naive", 32]["status"] == "failed"
+    assert found["naive", 32]["reason"] == "RuntimeError: no kernel image is available"
+    assert found["naive", 16]["status"] == found["sdpa-flash", 32]["status"] == "ok"
+
+
+def test_a_wrong_backend_is_not_timed(tmp_path, monkeypatch, counted, capsys):
+    replace(
+        monkeypatch, "naive", lambda original, q, k, v, **rest: original(q, k, v, **rest) * 1.01
+    )
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--out", str(out)]) == 1
+    statuses = {b: m["time_ms"]["status"] for (b, *_), m in cells_of(out).items()}
+    assert statuses == {"naive": "wrong", "sdpa-flash": "ok"}
+    assert len(counted) == 4
+    assert "Naive was wrong and not timed: at its check, at N = 16" in capsys.readouterr().out
+
+
+def test_memory_beyond_the_machine_is_not_tried_on_a_cpu(tmp_path, monkeypatch, counted):
+    monkeypatch.setattr(common, "available_bytes", lambda: 0)
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--out", str(out)]) == 0
+    rows = [m["time_ms"] for m in cells_of(out).values()]
+    assert {r["status"] for r in rows} == {"oom"}
+    assert "not tried" in rows[0]["reason"]
+    assert not counted
+
+
+def test_what_cannot_run_here_is_a_row_and_interpreted_kernels_are_never_timed(
+    tmp_path, monkeypatch, counted, capsys
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    out = tmp_path / "r.jsonl"
+    names = ["naive", "sdpa-cudnn", "v1_flash"]
+    seqlen.main([*TINY, "--backends", *names, "--lengths", "16", "--out", str(out)])
+    reasons = {b: m["time_ms"]["reason"] for (b, *_), m in cells_of(out).items()}
+    assert reasons["naive"] is None
+    assert reasons["sdpa-cudnn"] == "needs a CUDA GPU"
+    assert "never timed beside real ones" in reasons["v1_flash"]
+    assert len(counted) == 2
+    assert "not run: v1 flash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("scope", ["block", "attention"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_predicted_memory_is_what_the_allocator_was_asked_for(scope, direction, causal):
+    cell = seqlen.Cell("naive", scope, direction, "float32", causal, 2, 64, 4, 2, 192)
+    predicted, floor = seqlen.predict(cell)
+    result = seqlen.Result()
+    seqlen.Bench(torch.device("cpu"), seqlen.EFFORTS["cpu", "quick"], 0).prepare(cell, result)
+    assert floor is None
+    assert predicted == pytest.approx(result.bytes["peak_delta_mib"], rel=0.01)
+    if (scope, direction) == ("attention", "forward"):
+        b, h, n, d = 2, 4, 192, 16
+        repeated = 2 * b * h * n * d * 4  # K and V for every query head
+        assert predicted == 2 * b * h * n * n * 4 + b * h * n * d * 4 + repeated
+
+
+def test_flash_memory_of_the_block_lies_on_its_analytic_line():
+    for n in (256, 1024):
+        cell = seqlen.Cell("sdpa-flash", "block", "forward", "float32", True, 2, 64, 4, 4, n)
+        predicted, floor = seqlen.predict(cell)
+        # q, k, v, the heads joined, the projection and the sum: six of the size of x.
+        assert predicted is None
+        assert floor == 6 * 2 * n * 64 * 4
+        result = seqlen.Result()
+        seqlen.Bench(torch.device("cpu"), seqlen.EFFORTS["cpu", "quick"], 0).prepare(cell, result)
+        assert result.bytes["peak_delta_mib"] == pytest.approx(floor, rel=0.25)
+
+
+def test_the_mixed_protocol_measures_both_precisions_of_standard_attention(tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--protocol", "mixed", "--out", str(out)]) == 0
+    kinds = {(b, dtype) for b, _, dtype, _ in cells_of(out)}
+    assert kinds == {("naive", "float32"), ("naive", "float16"), ("sdpa-flash", "float16")}
+    said = capsys.readouterr().out
+    assert "speed-up = precision × algorithm" in said
+    assert "× is the precision" in said
+
+
+def test_backward_is_measured(tmp_path):
+    out = tmp_path / "r.jsonl"
+    arguments = [*TWO, "--direction", "both", "--kv-heads", "1", "--out", str(out)]
+    assert seqlen.main(arguments) == 0
+    rows = [m for m in records.gather(records.read(out)).values()]
+    assert len(rows) == 16
+    both = {
+        m["time_ms"]["direction"]: m["peak_delta_mib"]["value"]
+        for m in rows
+        if m["time_ms"]["backend"] == "naive" and m["time_ms"]["N_Q"] == 32
+        if m["time_ms"]["scope"] == "attention"
+    }
+    assert both["backward"] > both["forward"]
+
+
+def test_charts_are_drawn_beside_the_records(tmp_path, capsys):
+    out = tmp_path / "r.jsonl"
+    arguments = [a for a in TWO if a != "--no-charts"]
+    assert seqlen.main([*arguments, "--scope", "block", "--out", str(out)]) == 0
+    made = {p.relative_to(tmp_path / "r").as_posix() for p in (tmp_path / "r").rglob("*.*")}
+    for name in ("runtime", "memory", "throughput", "speedup"):
+        assert {f"block-{name}.png", f"block-{name}.svg"} <= made
+    for name in ("runtime", "memory", "throughput"):
+        report = f"perf_report/block-forward-float32-{name}"
+        assert {f"{report}.png", f"{report}.csv"} <= made
+    assert str(tmp_path / "r") in capsys.readouterr().out
+
+
+def test_the_order_is_random_and_fixed_by_the_seed(tmp_path):
+    def order(seed):
+        args, store = seqlen.parse([*TWO, "--seed", seed, "--out", str(tmp_path / "r.jsonl")])
+        store.close()
+        return [(g[0].N, g[0].scope) for g in seqlen.plan(args)]
+
+    assert order("0") == order("0")
+    assert len({tuple(order(str(s))) for s in range(8)}) > 1
+
+
+def test_doctor_names_every_backend_and_why(capsys):
+    assert doctor.main(["--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    for name in backends.BACKENDS:
+        assert name in said
+    assert "needs a CUDA GPU" in said
+    assert torch.__version__ in said
+
+
+def test_it_runs_from_elsewhere_as_a_module(tmp_path):
+    names = ["--backends", "sdpa-flash", "--lengths", "16", "--scope", "block"]
+    command = [sys.executable, "-m", "flashstudy.bench.seqlen", *TINY, *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "seqlen-cpu.jsonl").exists()
+    assert os.listdir(tmp_path) == ["results"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_short_cells_have_three_clocks_and_absolute_memory(tmp_path):
+    out = tmp_path / "r.jsonl"
+    names = ["--backends", "naive", "sdpa", "--lengths", "128", "--scope", "attention"]
+    sizes = ["--embed", "128", "--heads", "2", "--quick", "--no-charts", "--no-progress"]
+    assert seqlen.main([*names, *sizes, "--out", str(out)]) == 0
+    for cell in records.gather(records.read(out)).values():
+        assert {"time_ms", "graph_ms", "host_ms", "peak_delta_mib", "peak_abs_mib"} <= set(cell)
+        assert cell["graph_ms"]["status"] == "ok", cell["graph_ms"]["reason"]
+        assert cell["peak_abs_mib"]["value"] > cell["peak_delta_mib"]["value"] > 0
+    kernels = {c["time_ms"]["sdpa_kernel"] for c in cells_of(out).values()}
+    assert len(kernels - {None}) == 1
