@@ -785,4 +785,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # outside of the sweep: nothing is lost, nothing was being measured
+        sys.exit(130)
