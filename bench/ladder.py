@@ -1,0 +1,200 @@
+"""Every step of the ladder, forward and backward: what it reaches and what it gains.
+
+    python bench/ladder.py                              # every step, three lengths
+    python bench/ladder.py --budget 120                 # the same in two minutes
+    python bench/ladder.py --direction forward --head-dims 128 --lengths 16384
+    python bench/ladder.py --small-calls                # launch costs at N = 128 and 512
+
+Per head dim, mask and length: TFLOP/s, the share of the 8192³ matrix product, and the gain over the
+step before. The steps and the matrix product take turns (A B C A B C …) in every cell, so that
+clocks and power limits treat them alike. Backward is everything between dO and finished dQ, dK and
+dV. Each step is verified before it is timed; 16,384 tokens and a hidden size of 2048, bf16.
+
+--small-calls measures what a small call costs instead (batch 1, 16 heads of 64, causal, forward):
+host time of an eager call, and GPU time of a CUDA-graph replay, for the steps and their peers.
+
+Records go to results/ladder-DEVICE.jsonl as each cell is done; the same command again measures only
+what is missing. python figures/ladder.py draws them.
+
+Exit code 1 where a step failed or was wrong or nothing was measured, 2 for a bad argument or a
+machine without a GPU.
+"""
+
+import argparse
+import contextlib
+import sys
+
+import torch
+from flashstudy.backends import load
+from flashstudy.bench import cells, common, rounds
+from flashstudy.bench.rounds import MATMUL, DeviceLost
+from flashstudy.figures import grid, records
+from tabulate import tabulate
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+LENGTHS = (512, 4096, 16384)
+SMALL_LENGTHS = (128, 512)
+# torch's kernels by name are chosen outside the timed call: a user who wants one of them chooses it
+# once, and the choice costs several µs of Python.
+CHOSEN = {
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+SMALL_PEERS = (*CHOSEN, "flex", "flash-attn", "flash-attn-4")
+CLOCKS = {"host_ms": common.host_samples, "graph_ms": common.graph_samples}
+
+
+def parser():
+    p = argparse.ArgumentParser(
+        prog="ladder.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cells.add_arguments(p, grid.steps(), LENGTHS)
+    p.add_argument(
+        "--small-calls", action="store_true",
+        help="instead of the grid, host and graph time of small calls, peers included",
+    )  # fmt: skip
+    return p
+
+
+def table(found, names):
+    """The text of the table: a row a cell; TFLOP/s, share of the matrix product, gain per step."""
+    lines = []
+    for cell, of_cell in found.items():
+        line = [cell.direction, "causal" if cell.causal else "full", cell.head_dim, cell.length]
+        for name in names:
+            text = cells.shown(of_cell.get(name))
+            if (share := grid.ratio(of_cell, name, [MATMUL])) is not None:
+                text += f"  {share:4.0%}"
+            gained = grid.gain(of_cell, name, names)
+            line.append(text + (f"  ×{gained:.2f}" if gained is not None else "       "))
+        lines.append([*line, cells.shown(of_cell.get(MATMUL))])
+    head = ["", "mask", "D", "N", *map(records.label, names), "matmul"]
+    return tabulate(lines, headers=head, tablefmt="simple", disable_numparse=True, stralign="right")
+
+
+def gains(found, names):
+    """Sentences: what each step gains over the one before it, per direction and head dim."""
+    sentences = []
+    for direction, d in dict.fromkeys((c.direction, c.head_dim) for c in found):
+        of_step = {
+            name: [
+                g
+                for cell, of_cell in found.items()
+                if (cell.direction, cell.head_dim) == (direction, d)
+                and (g := grid.gain(of_cell, name, names)) is not None
+            ]
+            for name in names
+        }
+        parts = [
+            f"{name} ×{grid.geometric_mean(g):.2f} ({min(g):.2f} to {max(g):.2f})"
+            for name, g in of_step.items()
+            if g
+        ]
+        if parts:
+            sentences.append(f"{direction}, D={d}, gain over the step before: {', '.join(parts)}")
+    return sentences
+
+
+def small_call(name, cell, given, stack):
+    """The eager call as a user would write it; `stack` holds what he would have set up before."""
+    if name in CHOSEN:
+        stack.enter_context(sdpa_kernel(CHOSEN[name]))
+        name = "sdpa"
+    return rounds.closure(load(name), cell, *given)
+
+
+def measure_small(args, names, timer, file, provenance, clocks):
+    """Small calls on both clocks, the backends taking turns; a row a backend, length and clock."""
+    dtype = common.DTYPES[args.dtype]
+    plan = {grid.Cell("forward", 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
+    rest = cells.missing(args, plan, file, provenance, "graph_ms")
+    session = rounds.Session(
+        rest, timer, dtype, seconds=None, slot=0.1, rounds=args.rounds, seed=args.seed,
+        report=tqdm.write,
+    )  # fmt: skip
+    for cell in tqdm(rest, desc="small calls", unit="cell"):
+        given = session.inputs(cell)
+        made = {metric: [session.set_up(name, cell) for name in names] for metric in clocks}
+
+        def turn(it, clock, cell=cell, given=given):
+            with contextlib.ExitStack() as stack:
+                call = small_call(it.name, cell, given, stack)
+                it.turns.append(clock(call))
+
+        with torch.no_grad():
+            for metric, contenders in made.items():
+                rounds.take_turns(
+                    contenders,
+                    args.rounds,
+                    lambda it, m=metric: session.attempt(it, lambda: turn(it, clocks[m])),
+                )
+        stamp = provenance.stamp()
+        file.append(
+            [cells.row(cell, it, dtype, stamp, m) for m, field in made.items() for it in field]
+        )
+    return plan
+
+
+def small_table(rows, names, dtype):
+    """The text of the table of small calls, in µs, and {cell: rows} of all its clocks."""
+    lines = {name: [records.label(name)] for name in names}
+    head, seen = ["B=1, H=16, D=64, causal"], {}
+    for metric, what in (("host_ms", "host"), ("graph_ms", "graph")):
+        for cell, of_cell in grid.by_cell(rows, names, dtype, metric).items():
+            head.append(f"N={cell.length} {what} µs")
+            for name in names:
+                r = of_cell.get(name, {"status": ""})
+                ok = r["status"] == "ok"
+                lines[name].append(f"{r['p50'] * 1e3:.1f}" if ok else r["status"])
+            seen[f"{cell}, {what}"] = of_cell
+    align = ["left"] + ["right"] * (len(head) - 1)
+    text = tabulate(list(lines.values()), head, "simple", disable_numparse=True, colalign=align)
+    return text, seen
+
+
+def main(argv=None, timer=None, clocks=CLOCKS):
+    p = parser()
+    args = cells.parse(p, argv)
+    steps = grid.steps()
+    if others := [n for n in args.backends if n not in steps]:
+        if not args.small_calls:
+            p.error(
+                f"argument --backends: {others[0]} is no step of the ladder ({', '.join(steps)});"
+                " bench/peers.py compares with the others"
+            )
+    elif args.small_calls and args.backends == steps:  # nobody was named
+        args.backends = [*SMALL_PEERS, *steps]
+    if args.plan and not args.small_calls:
+        print(cells.describe(cells.plan_of(args)))
+        return 0
+    timer = cells.timer_here(timer)
+    if timer is None:
+        return 2
+    provenance = cells.Provenance("ladder", timer, args.seed)
+    with contextlib.closing(cells.open_records(args, p, provenance.device)) as file:
+        try:
+            if args.small_calls:
+                measure_small(args, args.backends, timer, file, provenance, clocks)
+            else:
+                cells.execute(args, cells.plan_of(args), timer, file, provenance)
+        except DeviceLost as e:
+            print(f"the GPU no longer answers, {e}", file=sys.stderr)
+            return 1
+    rows = grid.newest(file.rows)
+    if args.small_calls:
+        text, found = small_table(rows, args.backends, args.dtype)
+        print(text)
+    else:
+        found = grid.by_cell(rows, [*args.backends, MATMUL], args.dtype)
+        print(f"\nTFLOP/s, {args.dtype}; share of the matrix product; gain over the step before")
+        print(table(found, args.backends))
+        print("\n".join(gains(found, args.backends)))
+    for line in cells.reasons(found):
+        print(line)
+    return cells.exit_code(found, steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

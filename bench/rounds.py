@@ -1,0 +1,435 @@
+"""Several backends taking turns in one cell, so that drift and power limits hit all of them alike.
+
+    set-up    every backend in every cell once: compiled, checked against the reference (at the
+              smallest length of its sweep), and its cost taken
+    cells     in random order; in each, the backends take turns A B C A B C …, a few rounds of many
+              calls, and the median over all rounds counts
+
+Device events around each call give the time; the L2 cache is flushed before it. Where some backend
+of a cell takes longer to launch than to run, the GPU idles before every timed call of the cell,
+equally long for all, so that the host is ahead and the events see the GPU alone.
+"""
+
+import concurrent.futures
+import gc
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from flashstudy.backends import load, why_not
+from flashstudy.figures import grid
+from flashstudy.validate import errors
+
+MATMUL, MATMUL_SIZE = "matmul", 8192  # the machine's ceiling takes turns like a backend
+MATMUL_FLOPS = 2 * MATMUL_SIZE**3
+VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
+# Our steps keep within the error budget. A peer is checked for being called as it should be (mask,
+# scale, layout), and timed if its own rounding is somewhat coarser; the record says by how much.
+PEER_SLACK = 4.0
+SETUP_SHARE = 0.5  # of a budget
+MOST_CALLS = 100  # of one backend in one turn
+MOST_IDLE = 1e-3  # seconds before a call; no backend takes longer to launch
+# What compiles for seconds a configuration (flash-attn-4) or a shape (flex) and is not ours: the
+# first to be left out where a budget is short.
+SLOW_SETUP = ("flash-attn-4", "flex")
+DISK_CACHED = ("flex",)  # and our steps: compiled in one process, found by the next one
+WORKERS = 14  # processes that compile at once, at most
+PATIENCE = 120  # seconds without any of them being done: what is left hangs
+
+# Backward calls repeat on one forward (retain_graph), which compiled functions refuse as long as
+# their backward may overwrite what the forward saved.
+torch._functorch.config.donated_buffer = False
+
+
+class DeviceLost(RuntimeError):
+    """The GPU no longer answers (an illegal access, say): nothing can be measured after it."""
+
+
+@dataclass
+class Contender:
+    """One backend in one cell."""
+
+    name: str
+    status: str = "ok"  # or oom, unsupported, failed, wrong, with a reason
+    reason: str | None = None
+    over: float | None = None  # worst error of its results over what the budget allows
+    cost: float = 0.0  # seconds a call takes, roughly
+    host: float = 0.0  # seconds of the host to launch it
+    call: object = None
+    turns: list = field(default_factory=list)  # a list of ms per turn
+
+    def fail(self, status, reason):
+        self.status, self.reason, self.call, self.turns = status, reason, None, []
+
+
+class GpuTimer:
+    """Times calls with device events, the L2 cache flushed before each."""
+
+    device = "cuda"
+
+    def __init__(self):
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
+        self.flush_s = min(self.once(self.flush.zero_)[0] for _ in range(5))
+
+    def once(self, call):
+        """(seconds until the call was done, seconds until the host had launched it)."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        launched = time.perf_counter()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, launched - start
+
+    def turn(self, call, calls, idle):
+        """Milliseconds of each of `calls` calls, the GPU idle for `idle` seconds before each."""
+        start, stop = (
+            [torch.cuda.Event(enable_timing=True) for _ in range(calls)] for _ in range(2)
+        )
+        for a, b in zip(start, stop, strict=True):
+            self.flush.zero_()
+            if idle:
+                torch.cuda._sleep(int(idle * 2e9))  # cycles; Hopper's clock stays under 2 GHz
+            a.record()
+            call()
+            b.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(start, stop, strict=True)]
+
+
+def inputs(cell, dtype, device, seed):
+    """q, k, v and dO (B, H, N, D), standard normal."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (cell.batch, cell.heads, cell.length, cell.head_dim)
+    return tuple(
+        torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(4)
+    )
+
+
+def closure(attention, cell, q, k, v, do):
+    """The call that is timed: the forward, or the backward of a forward that is done here."""
+    if cell.direction == "forward":
+        return lambda: attention(q, k, v, causal=cell.causal)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    o = attention(*leaves, causal=cell.causal)
+    return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+
+def matmul_closure(dtype, device, seed):
+    """The matrix product that the ladder's figures are a share of."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (MATMUL_SIZE, MATMUL_SIZE)
+    a, b = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def grad_mode(cell):
+    """Autograd as a user has it: off in a forward cell."""
+    return torch.set_grad_enabled(cell.direction == "backward")
+
+
+def failure(error):
+    """(status, reason) of an exception that a backend raised: a row, and the others go on."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return "oom", first
+    return "failed", f"{type(error).__name__}: {first}"
+
+
+def recover(device, after):
+    """Free what calls left. Raises DeviceLost, saying after what, where the GPU is gone."""
+    gc.collect()
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as e:
+            raise DeviceLost(f"after {after}: {str(e).splitlines()[0]}") from e
+
+
+def first_call(name, cell, dtype, seed):
+    """Call a backend once, in a process of its own, for the sake of what that leaves on disk."""
+    torch._inductor.config.compile_threads = 1  # there are enough processes already
+    with grad_mode(cell):
+        closure(load(name), cell, *inputs(cell, dtype, "cuda", seed))()
+    torch.cuda.synchronize()
+
+
+def begin(mark, work, task):
+    open(mark, "x").close()
+    work(*task)
+
+
+class Precompiler:
+    """Calls backends in as many processes as there are cores: the set-up finds the code on disk.
+
+    What fails there fails again in the set-up, and is told there. What never returns (a deadlock in
+    a kernel) must not be called again.
+    """
+
+    def __init__(self, tasks, work=first_call):
+        """tasks: arguments of `work`, each begun as soon as a process is free."""
+        workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 2, len(tasks)))
+        self.pool = concurrent.futures.ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn")
+        )
+        self.begun = tempfile.TemporaryDirectory()  # a file for each task that a process has begun
+        self.tasks = {
+            self.pool.submit(begin, f"{self.begun.name}/{i}", work, task): (i, task)
+            for i, task in enumerate(tasks)
+        }
+
+    def wait(self, patience=PATIENCE):
+        """Until all is done, or nothing more gets done; returns the tasks that hang."""
+        left = set(self.tasks)
+        while left:
+            done, left = concurrent.futures.wait(left, patience, concurrent.futures.FIRST_COMPLETED)
+            if not done:
+                break
+        begun = {int(name) for name in os.listdir(self.begun.name)}
+        hung = [task for i, task in map(self.tasks.get, left) if i in begun]
+        processes = list((self.pool._processes or {}).values()) if left else []
+        self.pool.shutdown(wait=not left, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        self.begun.cleanup()
+        return hung
+
+
+class Verifier:
+    """Checks backends against the reference: first and last head of first and last batch entry."""
+
+    def __init__(self, dtype, device, seed):
+        self.dtype, self.device, self.seed = dtype, device, seed
+        self.expected = {}
+
+    def ends(self, t):
+        """[B, H, N, D] -> [1 or 2, 1 or 2, N, D]."""
+        b, h = (sorted({0, n - 1}) for n in t.shape[:2])
+        return t[b][:, h]
+
+    def inputs(self, cell):
+        *qkv, do = inputs(cell, self.dtype, self.device, self.seed)
+        return *qkv, do if cell.direction == "backward" else None
+
+    def expect(self, cell):
+        """Compute what `verdict` compares with, once a cell."""
+        if cell not in self.expected:
+            ends = [None if t is None else self.ends(t) for t in self.inputs(cell)]
+            self.expected[cell] = errors.expect(*ends, causal=cell.causal)
+
+    def verdict(self, attention, cell):
+        """The errors.Verdict on `attention` in this cell; `expect` it first."""
+        *qkv, do = self.inputs(cell)
+        # The results go where NaN was, so that a row that nobody writes shows.
+        nan = [torch.full_like(qkv[0], float("nan")) for _ in range(6)]
+        del nan
+        got = errors.run(attention, *qkv, do, causal=cell.causal)
+        got = {name: self.ends(t) for name, t in got.items()}
+        return errors.verdict(got, self.expected[cell])
+
+
+def smallest(cell, cells):
+    """The cell in which to verify for this one: its sweep's shortest, VERIFY_LENGTH at most."""
+    sweep = [c for c in cells if c[:3] == cell[:3]]
+    first = min(sweep, key=lambda c: c.length)
+    return first._replace(length=VERIFY_LENGTH, batch=1) if first.length > VERIFY_LENGTH else first
+
+
+class Session:
+    """One run of a set of cells.
+
+    plan: {cell: names of backends}, MATMUL among them where its figure is wanted.
+    timer: a GpuTimer, or something with its `device`, `once` and `turn`.
+    seconds: for the whole run, None for as long as it takes. slot: seconds of a backend's turn.
+    rounds: turns each backend has in a cell.
+    report: called with a line for people.
+    """
+
+    def __init__(self, plan, timer, dtype, *, seconds, slot, rounds, seed, report=print):
+        self.plan, self.timer, self.dtype, self.seed = plan, timer, dtype, seed
+        self.slot, self.rounds, self.report = slot, rounds, report
+        self.start = time.monotonic()
+        self.seconds = seconds
+        self.verifier = Verifier(dtype, timer.device, seed)
+        self.attention, self.verdicts = {}, {}
+        self.ready = {}  # (cell, name) -> Contender, set up
+
+    def left(self):
+        """Seconds until the run has to end."""
+        if self.seconds is None:
+            return float("inf")
+        return self.start + self.seconds - time.monotonic()
+
+    def inputs(self, cell):
+        return inputs(cell, self.dtype, self.timer.device, self.seed)
+
+    def closure(self, name, cell, given):
+        if name == MATMUL:
+            return matmul_closure(self.dtype, self.timer.device, self.seed)
+        return closure(self.attention[name], cell, *given)
+
+    def verdict(self, name, cell):
+        """(status, reason, over) of a backend's results in the sweep of this cell; once a sweep."""
+        at = smallest(cell, self.plan)
+        if (name, at) not in self.verdicts:
+            self.verifier.expect(at)
+            try:
+                judged = self.verifier.verdict(self.attention[name], at)
+                slack = 1.0 if name in grid.steps() else PEER_SLACK
+                wrong = not (judged.ok or judged.over <= slack)
+                reason = f"at N={at.length}: {'; '.join(judged.reasons)}"
+                found = ("wrong", reason, judged.over) if wrong else ("ok", None, judged.over)
+            except Exception as e:
+                found = (*failure(e), None)
+            self.verdicts[name, at] = found
+        return self.verdicts[name, at]
+
+    def set_up(self, name, cell):
+        """Compile, verify and time once: a Contender without its call, or with what went wrong."""
+        it = Contender(name)
+        if name != MATMUL:
+            reason = why_not(name, self.timer.device, self.dtype, cell.direction == "backward")
+            if reason is not None:
+                it.fail("unsupported", reason)
+                return it
+            if name not in self.attention:
+                self.attention[name] = load(name)
+            status, reason, it.over = self.verdict(name, cell)
+            if status != "ok":
+                it.fail(status, reason)
+                recover(self.timer.device, f"{name}, {cell}: {reason}")
+                return it
+        self.attempt(it, lambda: self.first_calls(it, cell))
+        return it
+
+    def first_calls(self, it, cell):
+        """Compile for this shape; then what a call costs the GPU and the host."""
+        with grad_mode(cell):
+            call = self.closure(it.name, cell, self.inputs(cell))
+            self.timer.once(call)
+            costs = [self.timer.once(call)]
+            if costs[0][0] < 0.02:
+                costs += [self.timer.once(call) for _ in range(3)]
+        it.cost, it.host = (min(c) for c in zip(*costs, strict=True))
+
+    def precompile(self):
+        """Start compiling what is found on disk later: each step once a sweep, flex every shape."""
+        tasks = {}
+        for cell, names in self.plan.items():
+            for name in names:
+                if name in DISK_CACHED or name in grid.steps():
+                    at = cell if name in DISK_CACHED else smallest(cell, self.plan)
+                    tasks[name, at] = None
+        tasks = [
+            (name, cell)
+            for name, cell in tasks
+            if why_not(name, self.timer.device, self.dtype, cell.direction == "backward") is None
+        ]
+        return Precompiler([(name, cell, self.dtype, self.seed) for name, cell in tasks])
+
+    def set_up_all(self, progress):
+        """Set up everything; of SLOW_SETUP nothing more once the set-up's share of time is up.
+
+        While other processes compile our steps, this one sets up what they cannot help with.
+        Returns [(name, cell)] of what was left out.
+        """
+        compiling = self.precompile() if self.timer.device == "cuda" else None
+        helped = (*DISK_CACHED, *grid.steps())
+        pairs = [(name, cell) for cell, names in self.plan.items() for name in names]
+        pairs.sort(key=lambda pair: (pair[0] in helped, pair[0] in SLOW_SETUP))
+        left_out = []
+        for name, cell in progress(pairs):
+            if compiling is not None and name in helped:
+                for hung, at, *_ in compiling.wait():
+                    reason = f"at N={at.length}: did not return within {PATIENCE} s"
+                    self.verdicts[hung, at] = ("failed", reason, None)
+                compiling = None
+            late = self.seconds is not None and self.left() < self.seconds * (1 - SETUP_SHARE)
+            if late and name in SLOW_SETUP:
+                left_out.append((name, cell))
+                continue
+            it = self.ready[cell, name] = self.set_up(name, cell)
+            if it.status not in ("ok", "unsupported"):
+                self.report(f"{name}, {cell}: {it.status}, {it.reason}")
+        return left_out
+
+    def floor(self, cell):
+        """Seconds that the cell takes with one call a turn, preparing included."""
+        runs = [it.cost for (c, _), it in self.ready.items() if c == cell and it.status == "ok"]
+        return (self.rounds + 2) * sum(runs) + 0.01 * len(runs)
+
+    def measure(self, cell, seconds):
+        """The contenders of a cell after their turns, which take about `seconds`."""
+        field = [self.ready[cell, n] for n in self.plan[cell] if (cell, n) in self.ready]
+        able = [it for it in field if it.status == "ok"]
+        if not able:
+            return field
+        slot = min(self.slot, seconds / (self.rounds * len(able)))
+        slow_hosts = [it.host for it in able if 1.2 * it.host > it.cost]
+        idle = min(MOST_IDLE, max((1.5 * host for host in slow_hosts), default=0.0))
+        given = self.inputs(cell)
+        with grad_mode(cell):
+            for it in able:
+                self.attempt(it, lambda it=it: self.prepare(it, cell, given, idle))
+            take_turns(able, self.rounds, lambda it: self.turn(it, slot, idle))
+        for it in able:
+            it.call = None  # and with it what its forward saved
+        recover(self.timer.device, cell)
+        return field
+
+    def prepare(self, it, cell, given, idle):
+        it.call = self.closure(it.name, cell, given)
+        self.timer.turn(it.call, 1, idle)
+
+    def attempt(self, it, action):
+        """Do something for a contender that is still in; an exception takes it out."""
+        if it.status != "ok":
+            return None
+        try:
+            return action()
+        except Exception as e:
+            it.fail(*failure(e))
+        # The exception, and with it the tensors of its frames, is gone by now.
+        recover(self.timer.device, f"{it.name}: {it.reason}")
+        return None
+
+    def turn(self, it, slot, idle):
+        period = max(it.cost, it.host) + idle + self.timer.flush_s
+        calls = max(1, min(MOST_CALLS, int(slot / period)))
+        times = self.attempt(it, lambda: self.timer.turn(it.call, calls, idle))
+        if times is not None:
+            it.turns.append(times)
+
+    def run(self, write, progress=lambda things, **_: things):
+        """Measure everything; `write(cell, contenders)` after each cell.
+
+        Returns what there was no time for: ([(name, cell)] not set up, [cell] not measured).
+        """
+        not_set_up = self.set_up_all(lambda p: progress(p, desc="set-up", unit="cell"))
+        self.report(f"set-up took {time.monotonic() - self.start:.0f} s")
+        order = list(self.plan)
+        random.Random(self.seed).shuffle(order)
+        not_measured = []
+        for i, cell in enumerate(progress(order, desc="measuring", unit="cell")):
+            reserve = sum(map(self.floor, order[i:]))
+            own = self.floor(cell)
+            if own > self.left():
+                not_measured.append(cell)
+                continue
+            spare = max(0.0, self.left() - reserve) / (len(order) - i)
+            write(cell, self.measure(cell, own + spare))
+        return not_set_up, not_measured
+
+
+def take_turns(field, rounds, turn):
+    """A B C A B C …: `turn(contender)`, `rounds` times each."""
+    for _ in range(rounds):
+        for it in field:
+            turn(it)

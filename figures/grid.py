@@ -1,0 +1,141 @@
+"""Cells of the FlashAttention papers' grid, their FLOPs, and what records say of them.
+
+Arithmetic only: no GPU, no timing. A cell is one shape, causal or not, forward or backward. The
+papers keep the work per cell comparable: 16,384 tokens (B = 16384 / N) of hidden size 2048
+(H = 2048 / D).
+"""
+
+import math
+from typing import NamedTuple
+
+from flashstudy.figures import records
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LONG_LENGTHS = (32768, 65536, 131072)
+HEAD_DIMS = (64, 128, 256)
+TOKENS, HIDDEN = 16384, 2048
+DIRECTIONS = ("forward", "backward")
+
+
+class Cell(NamedTuple):
+    direction: str  # "forward", or "backward": from dO to finished dQ, dK, dV
+    head_dim: int
+    causal: bool
+    length: int  # N_Q = N_K
+    batch: int
+    heads: int
+
+    @property
+    def flops(self):
+        """4·B·H·N²·D (two matrix products), half of it causal; backward, with five, 2.5×."""
+        forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim
+        return (
+            forward * (0.5 if self.causal else 1.0) * (1.0 if self.direction == "forward" else 2.5)
+        )
+
+    def __str__(self):
+        mask = "causal" if self.causal else "full"
+        return f"{self.direction} D={self.head_dim} {mask} N={self.length}"
+
+
+def cells(directions, head_dims, causal, lengths, tokens=TOKENS, hidden=HIDDEN):
+    """The grid in the order of tables: direction, head dim, mask, length.
+
+    Raises ValueError where a head dim does not divide `hidden`.
+    """
+    for d in head_dims:
+        if hidden % d:
+            raise ValueError(f"head dim {d} does not divide the hidden size {hidden}")
+    return [
+        Cell(direction, d, mask, n, max(1, tokens // n), hidden // d)
+        for direction in directions
+        for d in head_dims
+        for mask in causal
+        for n in lengths
+    ]
+
+
+def cell_of(row):
+    """The cell that a row of a record file belongs to."""
+    return Cell(row["direction"], row["D"], row["causal"], row["N_Q"], row["B"], row["H"])
+
+
+def steps():
+    """The ladder: the rows of the table of backends that are kernels of ours, in its order."""
+    return [n for n, row in records.table().items() if row.target.startswith("kernels.")]
+
+
+def newest(rows):
+    """Rows of the machine and software that the newest row was measured with, in file order."""
+    if not rows:
+        return []
+    last = max(rows, key=lambda r: r.get("utc") or "")
+    return [r for r in rows if environment(r) == environment(last)]
+
+
+def environment(row):
+    return tuple(row.get(k) for k in records.ENVIRONMENT)
+
+
+def provenance(row):
+    """On what, with what and when, in a line for people."""
+    versions = [("torch", "torch"), ("CUDA", "cuda"), ("cuDNN", "cudnn"), ("Triton", "triton")]
+    versions += [("flash-attn", "flash_attn"), ("flash-attn-4", "flash_attn_4")]
+    text = ", ".join(f"{name} {row[key]}" for name, key in versions if row.get(key))
+    return f"{row['device']}; {text}; {row['utc'][:10]}"
+
+
+def by_cell(rows, names, dtype="bfloat16", metric="time_ms"):
+    """{cell: {backend: row}}, every cell from one run, so that its backends can be compared.
+
+    Where several runs measured a cell, the one that measured the most of the backends `names`
+    counts, and the latest of those. Rows without a run, of other backends, dtypes and metrics are
+    left out.
+    """
+    runs = {}  # cell -> run -> backend -> row, in the order of the file
+    for row in rows:
+        if (row["metric"], row["dtype"]) != (metric, dtype) or row.get("run") is None:
+            continue
+        if row["backend"] in names:
+            runs.setdefault(cell_of(row), {}).setdefault(row["run"], {})[row["backend"]] = row
+
+    def worth(item):
+        at, found = item
+        return sum(r["status"] == "ok" for r in found.values()), len(found), at
+
+    return {
+        cell: max(enumerate(runs[cell].values()), key=worth)[1] for cell in sorted(runs, key=order)
+    }
+
+
+def order(cell):
+    """Sort key: forward before backward, then head dim, full before causal, length."""
+    return (DIRECTIONS.index(cell.direction), *cell[1:])
+
+
+def tflops(row):
+    """TFLOP/s of a row, None where it has no time. The counted work stands in the row."""
+    return row["flops"] / row["p50"] / 1e9 if row["status"] == "ok" else None
+
+
+def best(found, names):
+    """(backend, TFLOP/s) of the fastest among `names` in a cell's rows, None where none ran."""
+    speeds = [(n, tflops(found[n])) for n in names if n in found and found[n]["status"] == "ok"]
+    return max(speeds, key=lambda pair: pair[1], default=None)
+
+
+def ratio(found, name, others):
+    """Speed of `name` over the fastest of `others` in one cell, None where either is missing."""
+    own, rival = best(found, [name]), best(found, others)
+    return own[1] / rival[1] if own and rival else None
+
+
+def gain(found, name, names):
+    """Speed of a step over the nearest of `names` before it that ran in the cell, None without."""
+    before = [n for n in names[: names.index(name)] if best(found, [n]) is not None]
+    return ratio(found, name, before[-1:])
+
+
+def geometric_mean(ratios):
+    """Of positive numbers; None of none."""
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
