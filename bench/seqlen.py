@@ -296,12 +296,10 @@ class Bench:
         """
         gc.collect()
         gc.freeze()  # compilers leave a million objects: the collections before each cell skip them
-        results = {c: Result() for c in cells}
-        for c in cells:
-            if reason := reason_not(c.backend, self.device, c.dtype, c.direction == "backward"):
-                results[c].fail("unsupported", reason)
-            elif judged := self.verdicts.get((c.backend, c.dtype, c.direction)):
-                results[c].fail(*judged)
+        results = {
+            c: Result(*self.verdicts.get((c.backend, c.dtype, c.direction), ("ok", None)))
+            for c in cells
+        }
 
         def each(what, work):
             for c in self.random.sample(cells, len(cells)):
@@ -428,31 +426,40 @@ def pending(groups, done, shared, device):
         found = done.get(records.key(cell.fields(shared)))
         if found is None or found["time_ms"]["status"] != "unsupported":
             return found is not None
-        backward = cell.direction == "backward"
-        return reason_not(cell.backend, device, cell.dtype, backward) is not None
+        return reason_against(cell, device) is not None
 
     left = ([c for c in group if not finished(c)] for group in groups)
     return [group for group in left if group]
+
+
+def reason_against(cell, device):
+    """Why a cell is not timed here, or None."""
+    return reason_not(cell.backend, device, cell.dtype, cell.direction == "backward")
 
 
 def sweep(args, store, shared):
     """Measure what is not recorded yet. Returns how many cells that was."""
     groups = plan(args)
     todo = pending(groups, records.gather(store.rows), shared, args.device)
-    total, left = sum(map(len, groups)), sum(map(len, todo))
-    print(f"{total} cells, {total - left} recorded already, {left} to measure; into {args.out}")
+    total = sum(len(g) for g in groups)
+    recorded = total - sum(len(g) for g in todo)
+    absent = {c: r for g in todo for c in g if (r := reason_against(c, args.device)) is not None}
+    todo = [left for g in todo if (left := [c for c in g if c not in absent])]
+    left = sum(len(g) for g in todo)
+    cannot = f"{len(absent)} cannot run here, " if absent else ""
+    print(f"{total} cells, {recorded} recorded already, {cannot}{left} to measure; in {args.out}")
+    store.append(
+        [r for c, why in absent.items() for r in rows(c, Result("unsupported", why), shared)]
+    )
     if not left:
         return 0
-
-    def runs(cell):
-        return not reason_not(cell.backend, args.device, cell.dtype, cell.direction == "backward")
 
     bench = Bench(args.device, EFFORTS[args.device.type, shared["effort"]], args.seed)
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
     print("checking the backends against the fp64 reference …", flush=True)
     try:
-        bench.verify([c for group in todo for c in group if runs(c)])
+        bench.verify([c for group in todo for c in group])
     except DeadContext:
         for c in (c for group in todo for c in group):
             if judged := bench.verdicts.get((c.backend, c.dtype, c.direction)):
