@@ -20,6 +20,7 @@ import random
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from flashstudy.validate import errors
 from tabulate import tabulate
 from tqdm import tqdm
 
-SMALL_MS = 0.15  # below this the host's launches show: graph and host clocks are measured too
+SMALL_MS = 0.1  # below this the host's launches show: graph and host clocks are measured too
 GIB = 2**30
 UNITS = {
     "time_ms": "ms", "graph_ms": "ms", "host_ms": "ms", "peak_delta_mib": "MiB",
@@ -96,6 +97,7 @@ class Result:
     def __init__(self, status="ok", reason=None):
         self.status, self.reason = status, reason
         self.samples = {"time_ms": []}
+        self.rounds = []  # median of each
         self.bytes = {}  # metric -> bytes
         self.kernel = None  # that torch's own SDPA picks here
 
@@ -272,7 +274,9 @@ class Bench:
         e = self.effort
         with torch.set_grad_enabled(cell.direction == "backward"):
             fn, _ = self._ready(cell)
-            result.samples["time_ms"] += common.samples(fn, self.device, e.seconds, e.least, e.most)
+            times = common.samples(fn, self.device, e.seconds, e.least, e.most)
+        result.samples["time_ms"] += times
+        result.rounds.append(common.summary(times)["p50"])
 
     def small_clocks(self, cell, result):
         """Graph and host clocks of a cell in which the host's launches show."""
@@ -354,15 +358,15 @@ def rows(cell, result, shared):
             made.append(row(metric, None, "failed", found))
         elif found:
             made.append(row(metric, common.summary(found)))
-    time = common.summary(result.samples["time_ms"])
+    times = common.summary(result.samples["time_ms"])
     amount, metric = cell.flops() / 1e9, "tflops"  # over ms
     if cell.scope == "block":
         amount, metric = cell.B * cell.N * 1e3, "tokens_per_s"
     rate = {
-        new: amount / time[old] for new, old in (("p50", "p50"), ("p20", "p80"), ("p80", "p20"))
+        new: amount / times[old] for new, old in (("p50", "p50"), ("p20", "p80"), ("p80", "p20"))
     }
-    made.append(row(metric, {"value": rate["p50"], **rate, "samples": time["samples"]}))
-    return [*made, row("time_ms", time)]
+    made.append(row(metric, {"value": rate["p50"], **rate, "samples": times["samples"]}))
+    return [*made, row("time_ms", times | {"rounds": result.rounds})]
 
 
 # The sweep
@@ -454,6 +458,7 @@ def sweep(args, store, shared):
     if not left:
         return 0
 
+    start = time.monotonic()
     bench = Bench(args.device, EFFORTS[args.device.type, shared["effort"]], args.seed)
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
@@ -488,6 +493,8 @@ def sweep(args, store, shared):
                 torch.cuda.empty_cache()
     after = before | {"when": "after", "utc": common.utc()}
     store.append([after | common.gpu_state(args.device)])
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    print(f"measured {left} cells in {minutes} min {seconds} s")
     return left
 
 
@@ -495,10 +502,10 @@ def sweep(args, store, shared):
 
 
 METRICS = {
-    "time_ms": ("runtime", "ms", True),
-    "peak_delta_mib": ("memory", "MiB", True),
-    "tokens_per_s": ("throughput", "tokens/s", False),
-    "tflops": ("tflops", "TFLOP/s", False),
+    "time_ms": ("runtime", True),
+    "peak_delta_mib": ("memory", True),
+    "tokens_per_s": ("throughput", False),
+    "tflops": ("tflops", False),
 }
 
 
@@ -518,20 +525,20 @@ def reports(one):
             line_names=[records.label(b) for b in shown],
             styles=[(style.look(b).color, style.look(b).dash) for b in shown],
             xlabel="sequence length (tokens)",
-            ylabel=unit,
+            ylabel=records.scale(one, metric)[1],
             x_log=True,
             y_log=log,
             plot_name=f"{one.scope}-{one.direction}-{one.dtype}-{name}",
             args={"metric": metric},
         )
-        for metric, (name, unit, log) in METRICS.items()
+        for metric, (name, log) in METRICS.items()
         if metric in ("time_ms", "peak_delta_mib", rate)
     ]
 
     @perf_report(benchmarks)
     def report(N, backend, metric):
-        row = one.at(backend, N, metric)
-        return (row["p50"], row["p20"], row["p80"]) if row else (math.nan,) * 3
+        row, scale = one.at(backend, N, metric), records.scale(one, metric)[0]
+        return [row[p] * scale for p in ("p50", "p20", "p80")] if row else [math.nan] * 3
 
     return report, benchmarks, shown
 
@@ -546,13 +553,20 @@ def number(value):
 def print_tables(one, charts):
     """Print a sweep's tables; perf_report's own charts and CSVs go to `charts` unless None."""
     import matplotlib.pyplot as plt
+    from flashstudy.figures import style
 
     report, benchmarks, shown = reports(one)
     if not shown:
         return
     if charts is not None:
         charts.mkdir(parents=True, exist_ok=True)
+    plt.close("all")
     frames = report.run(save_path=str(charts) if charts is not None else "", return_df=True)
+    if charts is not None:  # its figures are still open: give their axes readable labels
+        for figure, bench in zip(map(plt.figure, plt.get_fignums()), benchmarks, strict=True):
+            style.length_axis(figure.gca(), one.lengths)
+            figure.tight_layout()
+            figure.savefig(charts / f"{bench.plot_name}.png")
     plt.close("all")
     for bench, frame in zip(benchmarks, frames, strict=True):
         metric = bench.args["metric"]
@@ -568,11 +582,12 @@ def print_tables(one, charts):
             ]
             table.append([records.label(name), *cells])
         what = {
-            "time_ms": "Runtime, ms",
-            "peak_delta_mib": "Peak memory that a call adds, MiB",
-            "tokens_per_s": "Throughput, tokens/s",
-            "tflops": "Attention throughput, TFLOP/s",
+            "time_ms": "Runtime",
+            "peak_delta_mib": "Peak memory that a call adds",
+            "tokens_per_s": "Throughput",
+            "tflops": "Throughput",
         }[metric]
+        what += f", {bench.ylabel}"
         where = "block" if one.scope == "block" else "attention alone"
         if metric == "peak_delta_mib" and one.direction == "backward":
             what += " (forward and backward)"
@@ -648,7 +663,7 @@ def parse(argv):
 How it measures. Each backend is first checked against an fp64 reference at the smallest length.
 Then, per length and scope, every backend's memory is measured on one call of a fresh model, and
 its time in rounds that alternate between the backends: device events with the L2 cache flushed on
-a GPU, torch.utils.benchmark on a CPU; median, 20th and 80th percentile. Calls shorter than 0.15 ms
+a GPU, torch.utils.benchmark on a CPU; median, 20th and 80th percentile. Calls shorter than 0.1 ms
 are also timed as CUDA graph replays and by the host's clock: short calls wait for launches.
 Peak memory is what a call adds to its inputs and parameters. Backward is timed alone; its memory is
 that of forward and backward. FLOPs: 4·B·H·N²·D, half of it when causal, 2.5 times it backward.

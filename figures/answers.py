@@ -1,7 +1,8 @@
 """What the records say, in words and small tables. Reads a records.Sweep, draws nothing.
 
 "Faster" respects the noise: the slow fifth of one (p80) must still beat the quick fifth of the
-other (p20). A crossover is the length from which a backend is faster at every measured length on.
+other (p20), and its slowest round the other's quickest. A crossover is the length from which a
+backend is faster at every measured length on.
 """
 
 from typing import NamedTuple
@@ -39,8 +40,12 @@ class Crossover(NamedTuple):
 
 
 def faster(a, b):
-    """Whether row a is faster than row b beyond their noise."""
-    return a["p80"] < b["p20"]
+    """Whether row a is faster than row b beyond their noise.
+
+    Rounds alternate between the backends, so a disturbance that lasts spoils one round of many.
+    """
+    rounds = max(a.get("rounds") or [a["p80"]]) < min(b.get("rounds") or [b["p20"]])
+    return a["p80"] < b["p20"] and rounds
 
 
 def crossover(sweep, backend, rival, metric="time_ms"):
@@ -93,6 +98,9 @@ def crossover_table(sweep):
     for backend in dict.fromkeys(b for b, _ in found):
         row = [records.label(backend)]
         for c in (found[backend, r] for r in rivals):
+            if c.rival == "sdpa" and backend == own_kernel(sweep):
+                row += ["is the kernel it runs", "–", "–"]
+                continue
             ratio = "–" if c.ratio is None else f"{c.ratio:.2f}×"
             row += [c.words(), ratio, "–" if c.longest is None else c.longest]
         rows.append(row)
@@ -106,6 +114,15 @@ def picked(sweep):
         for n, row in sweep.series("sdpa", "time_ms")
         if row.get("sdpa_kernel") is not None
     }
+
+
+def own_kernel(sweep):
+    """The backend that is the one kernel that SDPA ran at every length, or None.
+
+    One kernel by two names: to compare them is to compare noise.
+    """
+    kernels = set(picked(sweep).values())
+    return f"sdpa-{kernels.pop()}" if len(kernels) == 1 else None
 
 
 class Slope(NamedTuple):
@@ -161,11 +178,11 @@ def _against(sweep, rival):
     kernels = list(dict.fromkeys(picked(sweep).values())) if rival == "sdpa" else []
     if kernels:
         name += f" (torch ran its {' and '.join(kernels)} kernel)"
-    if len(kernels) == 1 and f"sdpa-{kernels[0]}" in (c.backend for c in found):
-        same = f"sdpa-{kernels[0]}"  # one kernel by two names: to compare them is to compare noise
-        found = [c for c in found if c.backend != same]
+    if rival == "sdpa" and any(c.backend == own_kernel(sweep) for c in found):
+        found = [c for c in found if c.backend != own_kernel(sweep)]
         if not found:
-            yield f"{name} and {records.label(same)} run one kernel: no other flash backend ran."
+            same = records.label(own_kernel(sweep))
+            yield f"{name} and {same} run one kernel, and no other flash backend ran."
     if not found:
         return
     groups = {}

@@ -172,6 +172,18 @@ def sweeps(rows):
     )
 
 
+def scale(sweep, metric):
+    """(factor, unit) that make the numbers of a metric readable: a CPU's are a thousandth."""
+    plain = {"time_ms": "ms", "graph_ms": "ms", "host_ms": "ms"}
+    if metric not in ("tokens_per_s", "tflops"):
+        return 1.0, plain.get(metric, "MiB")
+    values = [r["p50"] for b in sweep.backends("ok") for _, r in sweep.series(b, metric)]
+    highest = max(values, default=0.0)
+    if metric == "tflops":
+        return (1.0, "TFLOP/s") if highest >= 1 else (1e3, "GFLOP/s")
+    return (1e-6, "million tokens/s") if highest >= 1e6 else (1e-3, "thousand tokens/s")
+
+
 def table():
     """The table of backends; imported late, since it imports torch."""
     from flashstudy.backends import BACKENDS

@@ -143,9 +143,10 @@ def one_line(lines):
     return [b for b, y in ends.items() if abs(y - middle) <= 0.05 * middle]
 
 
-def measured(one, metric, scale=1.0):
+def measured(one, metric):
+    factor, _ = records.scale(one, metric)
     return lambda b: [
-        (n, r["p50"] * scale, r["p20"] * scale, r["p80"] * scale) for n, r in one.series(b, metric)
+        (n, *(r[p] * factor for p in ("p50", "p20", "p80"))) for n, r in one.series(b, metric)
     ]
 
 
@@ -175,10 +176,13 @@ def draw(found, directory):
                 "memory added", measured(one, "peak_delta_mib"), True, True,
             ),
             "throughput": (
-                f"throughput{direction}", "million tokens/s",
-                measured(one, "tokens_per_s", 1e-6), False,
+                f"throughput{direction}", records.scale(one, "tokens_per_s")[1],
+                measured(one, "tokens_per_s"), False,
             ),
-            "tflops": (f"throughput{direction}", "TFLOP/s", measured(one, "tflops"), False),
+            "tflops": (
+                f"throughput{direction}", records.scale(one, "tflops")[1],
+                measured(one, "tflops"), False,
+            ),
             "speedup": (
                 f"times as fast as {records.label('naive')}{direction}", "speed-up",
                 speedups(one), True,

@@ -16,7 +16,17 @@ from pathlib import Path
 from flashstudy.figures import records
 
 OWN = {"metric", "unit", "value", "p50", "p20", "p80", "samples", "status", "reason", "when"}
-OWN |= {"predicted_mib", "floor_mib", "sdpa_kernel", "backend", "N_Q", "N_K", "utc", "source"}
+OWN |= {
+    "rounds",
+    "predicted_mib",
+    "floor_mib",
+    "sdpa_kernel",
+    "backend",
+    "N_Q",
+    "N_K",
+    "utc",
+    "source",
+}
 
 
 def digits(value):
