@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from flashstudy.backends import BACKENDS, why_not
 from flashstudy.bench import common
-from flashstudy.bench.rounds import MATMUL, MATMUL_FLOPS, GpuTimer, Session
+from flashstudy.bench.rounds import MATMUL, MATMUL_FLOPS, DeviceLost, GpuTimer, Session
 from flashstudy.figures import grid, records
 from tabulate import tabulate
 from tqdm import tqdm
@@ -27,7 +27,7 @@ def row(cell, it, dtype, about, metric="time_ms"):
     if it.status == "ok":
         numbers = common.summary(timed) | {"turns": [statistics.median(t) for t in it.turns]}
     else:
-        numbers = dict.fromkeys(("value", "p50", "p20", "p80"))
+        numbers = dict.fromkeys(("value", "p50", "p20", "p80")) | {"samples": 0, "turns": []}
     return {
         "backend": it.name,
         "scope": "attention",
@@ -103,7 +103,7 @@ def add_arguments(parser, backends, lengths):
     def joined(values):
         return ",".join(map(str, values))
 
-    add("--backends", several="NAME", type=words(BACKENDS), default=[backends],
+    add("--backends", several="NAME", type=words(BACKENDS),
         help=f"default: {joined(backends)}")  # fmt: skip
     add("--direction", choices=[*grid.DIRECTIONS, "both"], default="both", help="default: both")
     add("--head-dims", several="D", type=common.positives, default=[grid.HEAD_DIMS],
@@ -135,9 +135,14 @@ def add_arguments(parser, backends, lengths):
         help="say what would be measured and how long it takes at least; needs no GPU")  # fmt: skip
 
 
-def parse(parser, argv):
-    """The arguments, lists flattened and in the order of tables, and combinations checked."""
+def parse(parser, argv, backends):
+    """The arguments, lists flattened and in the order of tables, and combinations checked.
+
+    backends(args): those to take where none are named.
+    """
     args = parser.parse_args(argv)
+    if args.backends is None:
+        args.backends = [backends(args)]
     for name, order in (("backends", list(BACKENDS)), ("masks", MASKS)):
         found = {word for part in getattr(args, name) for word in part}
         setattr(args, name, [word for word in order if word in found])
@@ -171,7 +176,7 @@ def plan_of(args):
 def describe(plan):
     """The plan for people, with a lower bound of the time it takes."""
     lines = [[str(c), f"B={c.batch} H={c.heads}", " ".join(names)] for c, names in plan.items()]
-    of_each = sum(cell.flops * (len(names) - 1) for cell, names in plan.items())
+    of_each = sum(cell.flops * len({*names} - {MATMUL}) for cell, names in plan.items())
     names = list(dict.fromkeys(n for of_cell in plan.values() for n in of_cell if n != MATMUL))
     here = [f"{n} would not run here: {why}" for n in names if (why := why_not(n)) is not None]
     return "\n".join(
@@ -283,6 +288,19 @@ def exit_code(found, ours):
     rows = [(name, r["status"]) for of_cell in found.values() for name, r in of_cell.items()]
     bad = any(name in ours and status in ("failed", "wrong") for name, status in rows)
     return int(bad or not any(status == "ok" for name, status in rows if name != MATMUL))
+
+
+def guarded(work):
+    """Do it; the exit code where it was cut short, else None. What was measured is on disk."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command again goes on from here", file=sys.stderr)
+        return 130
+    except DeviceLost as e:
+        print(f"the GPU no longer answers, {e}; the same command again goes on", file=sys.stderr)
+        return 1
+    return None
 
 
 def timer_here(timer):

@@ -22,12 +22,14 @@ machine without a GPU.
 
 import argparse
 import contextlib
+import functools
 import sys
+from dataclasses import replace
 
 import torch
 from flashstudy.backends import load
 from flashstudy.bench import cells, common, rounds
-from flashstudy.bench.rounds import MATMUL, DeviceLost
+from flashstudy.bench.rounds import MATMUL
 from flashstudy.figures import grid, records
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -105,18 +107,23 @@ def small_call(name, cell, given, stack):
     return rounds.closure(load(name), cell, *given)
 
 
-def measure_small(args, names, timer, file, provenance, clocks):
-    """Small calls on both clocks, the backends taking turns; a row a backend, length and clock."""
+def small_plan(names):
+    return {grid.Cell("forward", 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
+
+
+def measure_small(args, plan, timer, file, provenance, clocks):
+    """Small calls on each clock, the backends taking turns; a row a backend, length and clock."""
     dtype = common.DTYPES[args.dtype]
-    plan = {grid.Cell("forward", 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
-    rest = cells.missing(args, plan, file, provenance, "graph_ms")
+    plan = cells.missing(args, plan, file, provenance, list(clocks)[-1])
     session = rounds.Session(
-        rest, timer, dtype, seconds=None, slot=0.1, rounds=args.rounds, seed=args.seed,
+        plan, timer, dtype, seconds=args.budget, slot=0.1, rounds=args.rounds, seed=args.seed,
         report=tqdm.write,
     )  # fmt: skip
-    for cell in tqdm(rest, desc="small calls", unit="cell"):
+    session.set_up_all(lambda pairs: tqdm(pairs, desc="set-up", unit="call"))
+    for cell, names in tqdm(plan.items(), desc="small calls", unit="cell"):
         given = session.inputs(cell)
-        made = {metric: [session.set_up(name, cell) for name in names] for metric in clocks}
+        ready = [session.ready[cell, n] for n in names if (cell, n) in session.ready]
+        made = {metric: [replace(it, turns=[]) for it in ready] for metric in clocks}
 
         def turn(it, clock, cell=cell, given=given):
             with contextlib.ExitStack() as stack:
@@ -134,7 +141,6 @@ def measure_small(args, names, timer, file, provenance, clocks):
         file.append(
             [cells.row(cell, it, dtype, stamp, m) for m, field in made.items() for it in field]
         )
-    return plan
 
 
 def small_table(rows, names, dtype):
@@ -156,36 +162,34 @@ def small_table(rows, names, dtype):
 
 def main(argv=None, timer=None, clocks=CLOCKS):
     p = parser()
-    args = cells.parse(p, argv)
     steps = grid.steps()
-    if others := [n for n in args.backends if n not in steps]:
-        if not args.small_calls:
-            p.error(
-                f"argument --backends: {others[0]} is no step of the ladder ({', '.join(steps)});"
-                " bench/peers.py compares with the others"
-            )
-    elif args.small_calls and args.backends == steps:  # nobody was named
-        args.backends = [*SMALL_PEERS, *steps]
-    if args.plan and not args.small_calls:
-        print(cells.describe(cells.plan_of(args)))
+    args = cells.parse(p, argv, lambda args: [*SMALL_PEERS, *steps] if args.small_calls else steps)
+    others = [n for n in args.backends if n not in steps]
+    if others and not args.small_calls:
+        p.error(
+            f"argument --backends: {others[0]} is no step of the ladder ({', '.join(steps)});"
+            " bench/peers.py compares with the others"
+        )
+    plan = small_plan(args.backends) if args.small_calls else cells.plan_of(args)
+    if args.plan:
+        print(cells.describe(plan))
         return 0
     timer = cells.timer_here(timer)
     if timer is None:
         return 2
     provenance = cells.Provenance("ladder", timer, args.seed)
     with contextlib.closing(cells.open_records(args, p, provenance.device)) as file:
-        try:
-            if args.small_calls:
-                measure_small(args, args.backends, timer, file, provenance, clocks)
-            else:
-                cells.execute(args, cells.plan_of(args), timer, file, provenance)
-        except DeviceLost as e:
-            print(f"the GPU no longer answers, {e}", file=sys.stderr)
-            return 1
+        if args.small_calls:
+            work = functools.partial(measure_small, args, plan, timer, file, provenance, clocks)
+        else:
+            work = functools.partial(cells.execute, args, plan, timer, file, provenance)
+        stopped = cells.guarded(work)
+    if stopped is not None:
+        return stopped
     rows = grid.newest(file.rows)
     if args.small_calls:
         text, found = small_table(rows, args.backends, args.dtype)
-        print(text)
+        print(f"\n{text}")
     else:
         found = grid.by_cell(rows, [*args.backends, MATMUL], args.dtype)
         print(f"\nTFLOP/s, {args.dtype}; share of the matrix product; gain over the step before")

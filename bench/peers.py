@@ -25,7 +25,7 @@ import sys
 
 from flashstudy.backends import BACKENDS
 from flashstudy.bench import cells
-from flashstudy.bench.rounds import MATMUL, DeviceLost
+from flashstudy.bench.rounds import MATMUL
 from flashstudy.figures import grid, records
 from tabulate import tabulate
 
@@ -100,7 +100,7 @@ def verdicts(found, names):
 
 def main(argv=None, timer=None):
     p = parser()
-    args = cells.parse(p, argv)
+    args = cells.parse(p, argv, lambda args: [*PEERS, *our_best()])
     if args.long:
         args.lengths = list(grid.LONG_LENGTHS)
     plan = cells.plan_of(args)
@@ -112,11 +112,9 @@ def main(argv=None, timer=None):
         return 2
     provenance = cells.Provenance("peers", timer, args.seed)
     with contextlib.closing(cells.open_records(args, p, provenance.device)) as file:
-        try:
-            cells.execute(args, plan, timer, file, provenance)
-        except DeviceLost as e:
-            print(f"the GPU no longer answers, {e}", file=sys.stderr)
-            return 1
+        stopped = cells.guarded(lambda: cells.execute(args, plan, timer, file, provenance))
+    if stopped is not None:
+        return stopped
     names = [*args.backends, MATMUL]
     found = grid.by_cell(grid.newest(file.rows), names, args.dtype)
     print(f"\nTFLOP/s, {args.dtype}; * the best peer; ÷* ours over it")

@@ -59,7 +59,7 @@ class Contender:
     status: str = "ok"  # or oom, unsupported, failed, wrong, with a reason
     reason: str | None = None
     over: float | None = None  # worst error of its results over what the budget allows
-    cost: float = 0.0  # seconds a call takes, roughly
+    cost: float = 0.0  # seconds a single call takes, roughly: the host's, then the GPU's
     host: float = 0.0  # seconds of the host to launch it
     call: object = None
     turns: list = field(default_factory=list)  # a list of ms per turn
@@ -173,11 +173,11 @@ class Precompiler:
     a kernel) must not be called again.
     """
 
-    def __init__(self, tasks, work=first_call):
-        """tasks: arguments of `work`, each begun as soon as a process is free."""
+    def __init__(self, tasks, work=first_call, start="spawn"):
+        """tasks: arguments of `work`. start: how processes do; CUDA survives no fork."""
         workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 2, len(tasks)))
         self.pool = concurrent.futures.ProcessPoolExecutor(
-            workers, mp_context=multiprocessing.get_context("spawn")
+            workers, mp_context=multiprocessing.get_context(start)
         )
         self.begun = tempfile.TemporaryDirectory()  # a file for each task that a process has begun
         self.tasks = {
@@ -372,7 +372,7 @@ class Session:
         if not able:
             return field
         slot = min(self.slot, seconds / (self.rounds * len(able)))
-        slow_hosts = [it.host for it in able if 1.2 * it.host > it.cost]
+        slow_hosts = [it.host for it in able if 1.2 * it.host > it.cost - it.host]
         idle = min(MOST_IDLE, max((1.5 * host for host in slow_hosts), default=0.0))
         given = self.inputs(cell)
         with grad_mode(cell):
@@ -381,7 +381,6 @@ class Session:
             take_turns(able, self.rounds, lambda it: self.turn(it, slot, idle))
         for it in able:
             it.call = None  # and with it what its forward saved
-        recover(self.timer.device, cell)
         return field
 
     def prepare(self, it, cell, given, idle):
