@@ -36,6 +36,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 SMALL_MS = 0.1  # below this the host's launches show: graph and host clocks are measured too
+# What is timed must compute attention; how well it rounds is for validate/check_outputs.py to judge,
+# which asks for 1 where this asks for 4 error budgets.
+GROSS = 4
 GIB = 2**30
 UNITS = {
     "time_ms": "ms", "graph_ms": "ms", "host_ms": "ms", "peak_delta_mib": "MiB",
@@ -162,11 +165,15 @@ def predict(cell, kernel=None):
     attention = ideal
     if standard:
         attention = backends.load("sdpa-math" if kernel == "math" else cell.backend)
-    with torch.set_grad_enabled(cell.direction == "backward"):
-        _, whole = build(cell, attention, torch.device("meta"))
-        whole()  # masks are cached on the first call, as they are before a measured one
-        with common.LiveBytes() as counted:
-            whole()
+    try:
+        with torch.set_grad_enabled(cell.direction == "backward"):
+            _, whole = build(cell, attention, torch.device("meta"))
+            whole()  # masks are cached on the first call, as they are before a measured one
+            with common.LiveBytes() as counted:
+                whole()
+    except RuntimeError as e:  # an operation that this torch cannot trace; the measurement goes on
+        tqdm.write(f"no memory prediction for {cell.backend}, N = {cell.N}: {first_line(e)}")
+        return None, None
     return (counted.peak, None) if standard else (None, counted.peak)
 
 
@@ -237,8 +244,11 @@ class Bench:
                     with outcome_into(judged, self.device):
                         got = errors.run(backends.load(name), *tensors, causal=c.causal)
                         verdict = errors.verdict(got, expectation)
-                        if not verdict.ok:
-                            judged.fail("wrong", f"at N = {n}: {'; '.join(verdict.reasons)}")
+                        reasons = f"at N = {n}: {'; '.join(verdict.reasons)}"
+                        if not verdict.over <= GROSS:
+                            judged.fail("wrong", reasons)
+                        elif not verdict.ok:
+                            print(f"  {records.label(name)} is over the error budget {reasons}")
                 finally:
                     if judged.status != "ok":
                         status = "wrong" if judged.status == "wrong" else "failed"
@@ -515,7 +525,7 @@ def reports(one):
     from triton.testing import Benchmark, perf_report
 
     rate = "tokens_per_s" if one.scope == "block" else "tflops"
-    shown = [b for b in one.backends() if set(one.backends("ok", "oom", "failed", "wrong")) & {b}]
+    shown = one.backends("ok", "oom", "failed", "wrong")
     benchmarks = [
         Benchmark(
             x_names=["N"],
@@ -564,9 +574,10 @@ def print_tables(one, charts):
     frames = report.run(save_path=str(charts) if charts is not None else "", return_df=True)
     if charts is not None:  # its figures are still open: give their axes readable labels
         for figure, bench in zip(map(plt.figure, plt.get_fignums()), benchmarks, strict=True):
+            figure.set_size_inches(9, 5)
             style.length_axis(figure.gca(), one.lengths)
-            figure.tight_layout()
-            figure.savefig(charts / f"{bench.plot_name}.png")
+            figure.gca().legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+            figure.savefig(charts / f"{bench.plot_name}.png", bbox_inches="tight")
     plt.close("all")
     for bench, frame in zip(benchmarks, frames, strict=True):
         metric = bench.args["metric"]
