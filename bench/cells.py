@@ -236,6 +236,11 @@ def missing(args, plan, file, provenance, metric="time_ms"):
     return rest
 
 
+def progress(things, **options):
+    """tqdm, which tells a terminal at once and a log every now and then."""
+    return tqdm(things, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
+
+
 def execute(args, plan, timer, file, provenance):
     """Measure what the record file lacks of the plan. Raises DeviceLost where the GPU is."""
     dtype = common.DTYPES[args.dtype]
@@ -251,7 +256,7 @@ def execute(args, plan, timer, file, provenance):
         plan, timer, dtype, seconds=args.budget, slot=args.slot_ms / 1e3, rounds=args.rounds,
         seed=args.seed, report=tqdm.write,
     )  # fmt: skip
-    not_set_up, not_measured = session.run(write, tqdm)
+    not_set_up, not_measured = session.run(write, progress)
     if not_set_up:
         names = ", ".join(sorted({name for name, _ in not_set_up}))
         print(f"--budget left no time to set up {len(not_set_up)} measurements of {names}")

@@ -119,8 +119,8 @@ def measure_small(args, plan, timer, file, provenance, clocks):
         plan, timer, dtype, seconds=args.budget, slot=0.1, rounds=args.rounds, seed=args.seed,
         report=tqdm.write,
     )  # fmt: skip
-    session.set_up_all(lambda pairs: tqdm(pairs, desc="set-up", unit="call"))
-    for cell, names in tqdm(plan.items(), desc="small calls", unit="cell"):
+    session.set_up_all(lambda pairs: cells.progress(pairs, desc="set-up", unit="call"))
+    for cell, names in cells.progress(plan.items(), desc="small calls", unit="cell"):
         given = session.inputs(cell)
         ready = [session.ready[cell, n] for n in names if (cell, n) in session.ready]
         made = {metric: [replace(it, turns=[]) for it in ready] for metric in clocks}

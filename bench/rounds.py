@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch._functorch.config
-import torch._inductor.config
 from flashstudy.backends import load, why_not
 from flashstudy.figures import grid
 from flashstudy.validate import errors
@@ -155,7 +154,9 @@ def recover(device, after):
 
 def first_call(name, cell, dtype, seed):
     """Call a backend once, in a process of its own, for the sake of what that leaves on disk."""
-    torch._inductor.config.compile_threads = 1  # there are enough processes already
+    from torch._inductor import config  # slow to import, and needed here alone
+
+    config.compile_threads = 1  # there are enough processes already
     with grad_mode(cell):
         closure(load(name), cell, *inputs(cell, dtype, "cuda", seed))()
     torch.cuda.synchronize()
@@ -258,7 +259,7 @@ class Session:
         self.start = time.monotonic()
         self.seconds = seconds
         self.verifier = Verifier(dtype, timer.device, seed)
-        self.attention, self.verdicts = {}, {}
+        self.attention, self.verdicts, self.reasons = {}, {}, {}
         self.ready = {}  # (cell, name) -> Contender, set up
 
     def left(self):
@@ -291,12 +292,18 @@ class Session:
             self.verdicts[name, at] = found
         return self.verdicts[name, at]
 
+    def why_not(self, name, cell):
+        """Asked once: a package that does not import takes its time to say so, every time."""
+        key = name, cell.direction == "backward"
+        if key not in self.reasons:
+            self.reasons[key] = why_not(name, self.timer.device, self.dtype, key[1])
+        return self.reasons[key]
+
     def set_up(self, name, cell):
         """Compile, verify and time once: a Contender without its call, or with what went wrong."""
         it = Contender(name)
         if name != MATMUL:
-            reason = why_not(name, self.timer.device, self.dtype, cell.direction == "backward")
-            if reason is not None:
+            if (reason := self.why_not(name, cell)) is not None:
                 it.fail("unsupported", reason)
                 return it
             if name not in self.attention:
@@ -327,12 +334,8 @@ class Session:
                 if name in DISK_CACHED or name in grid.steps():
                     at = cell if name in DISK_CACHED else smallest(cell, self.plan)
                     tasks[name, at] = None
-        tasks = [
-            (name, cell)
-            for name, cell in tasks
-            if why_not(name, self.timer.device, self.dtype, cell.direction == "backward") is None
-        ]
-        return Precompiler([(name, cell, self.dtype, self.seed) for name, cell in tasks])
+        tasks = [(*task, self.dtype, self.seed) for task in tasks if self.why_not(*task) is None]
+        return Precompiler(tasks)
 
     def set_up_all(self, progress):
         """Set up everything; of SLOW_SETUP nothing more once the set-up's share of time is up.
@@ -372,20 +375,24 @@ class Session:
         if not able:
             return field
         slot = min(self.slot, seconds / (self.rounds * len(able)))
-        slow_hosts = [it.host for it in able if 1.2 * it.host > it.cost - it.host]
-        idle = min(MOST_IDLE, max((1.5 * host for host in slow_hosts), default=0.0))
         given = self.inputs(cell)
         with grad_mode(cell):
             for it in able:
-                self.attempt(it, lambda it=it: self.prepare(it, cell, given, idle))
+                self.attempt(it, lambda it=it: self.prepare(it, cell, given))
+        running = [it for it in able if it.status == "ok"]
+        slow_hosts = [it.host for it in running if 1.2 * it.host > it.cost - it.host]
+        idle = min(MOST_IDLE, max((1.5 * host for host in slow_hosts), default=0.0))
+        with grad_mode(cell):
             take_turns(able, self.rounds, lambda it: self.turn(it, slot, idle))
         for it in able:
             it.call = None  # and with it what its forward saved
         return field
 
-    def prepare(self, it, cell, given, idle):
+    def prepare(self, it, cell, given):
+        """The call to time, and its costs again: other processes ran during the set-up."""
         it.call = self.closure(it.name, cell, given)
-        self.timer.turn(it.call, 1, idle)
+        cost, host = self.timer.once(it.call)
+        it.cost, it.host = min(it.cost, cost), min(it.host, host)
 
     def attempt(self, it, action):
         """Do something for a contender that is still in; an exception takes it out."""
