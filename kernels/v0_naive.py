@@ -1,4 +1,4 @@
-"""Attention as the formula reads: scores, softmax and weighted sum, three kernels, S and P in memory.
+"""Attention as the formula reads: scores, softmax, weighted sum, with S and P in device memory.
 
     S = scale · Q Kᵀ       `_scores_kernel`          a matrix product, [N_Q, N_K] for each head
     P = softmax(S)         `_softmax_kernel`         row by row, written over S
@@ -6,10 +6,10 @@
 
 This is standard attention (FlashAttention, arXiv 2205.14135, algorithm 0), what a framework's eager
 mode does, in Triton: the bottom rung, there to be compared with. Its products are tiled and run on
-tensor cores, its softmax is one pass less than eager PyTorch's; what it cannot escape is the matrix:
+tensor cores, and its softmax reads a row twice; what it cannot escape is the matrix:
 
-    HBM traffic of the forward     write S, read S (three times, mostly from cache), write P, read P
-    device memory                  N_Q · N_K elements a head: 16,384 tokens in bf16, 512 MiB a head
+    HBM traffic      write S; read S twice and write P, a row at a time; read P
+    device memory    N_Q · N_K elements a head: at 16,384 tokens in bf16, 512 MiB a head
 
 S and P have the type of q, as in eager PyTorch, so that what differs from the later steps is the
 algorithm and not the precision: in fp32 the matrix would be twice as large and a little more exact.
@@ -36,8 +36,8 @@ from . import _host
 # One row for every GPU and head dim: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), a
 # [BLOCK_M, BLOCK_N] tile of a product that sums over steps of BLOCK_K. 96 KiB of shared memory.
 PRODUCT = (128, 64, 64, 4, 3)
-PRODUCT_FP32 = (64, 64, 16, 4, 2)  # fp32 at full precision does without tensor cores
-SOFTMAX = (4, 1024, 4)  # rows, keys at a time, num_warps
+PRODUCT_FP32 = (64, 64, 16, 8, 2)  # fp32 at full precision does without tensor cores
+SOFTMAX = (16, 256, 4)  # rows, keys at a time, num_warps
 
 
 def _config(fp32):
@@ -90,17 +90,16 @@ def _softmax_kernel(s_ptr, lse_ptr, ROWS, N_K, BLOCK_M: tl.constexpr, BLOCK_N: t
     left = tl.where(rows < ROWS, N_K, 0)[:, None] - tl.arange(0, BLOCK_N)[None, :]
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for start_n in range(0, N_K, BLOCK_N):
-        s = tl.load(s_ptrs + start_n, left > start_n, float("-inf")).to(tl.float32)
-        m_i = tl.maximum(m_i, tl.max(s, 1))  # [BLOCK_M]
-    base = tl.where(m_i == float("-inf"), 0.0, m_i)  # a row without keys: -inf - -inf is NaN
-
     l_i = tl.zeros([BLOCK_M], tl.float32)
     for start_n in range(0, N_K, BLOCK_N):
         s = tl.load(s_ptrs + start_n, left > start_n, float("-inf")).to(tl.float32)
-        l_i += tl.sum(tl.exp(s - base[:, None]), 1)  # [BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(s, 1))  # [BLOCK_M]
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf - -inf is NaN
+        l_i = l_i * tl.exp(m_i - base) + tl.sum(tl.exp(s - base[:, None]), 1)  # [BLOCK_M]
+        m_i = m_new
 
     norm = 1.0 / tl.where(l_i == 0.0, 1.0, l_i)
+    base = tl.where(m_i == float("-inf"), 0.0, m_i)
     for start_n in range(0, N_K, BLOCK_N):
         s = tl.load(s_ptrs + start_n, left > start_n, float("-inf")).to(tl.float32)
         p = tl.exp(s - base[:, None]) * norm[:, None]  # [BLOCK_M, BLOCK_N]

@@ -1,46 +1,41 @@
 """FlashAttention-2 in Triton, from the text book: attention that never writes its score matrix.
 
-Attention is O = softmax(scale · Q Kᵀ) V. The scores S and probabilities P are N_Q × N_K: at 16,384
-tokens a half-precision S is 512 MiB a head. `v0_naive` stores both; here a program keeps one tile
-of them on chip, uses it and forgets it, so that memory grows with N and no longer with N².
+Attention is O = softmax(scale · Q Kᵀ) V. The scores S and the probabilities P are N_Q × N_K: with
+16,384 tokens at half precision 512 MiB a head. `v0_naive` stores both; here a program holds one
+tile of them on chip, uses it and forgets it, so that memory grows with N and not with N².
 
-**The online softmax.** A softmax needs the maximum and the sum of a whole row before it can
-normalise anything, yet a tile of keys shows only a piece of that row. So keep, for each row and
-over the keys seen so far, a maximum m, a sum l = Σ exp(s - m) and an unnormalised output
-acc = Σ exp(s - m) v. When the next tile raises the maximum to m', every earlier term carries the
-factor exp(-m) and should carry exp(-m'), which is one multiplication:
+The online softmax. A softmax needs its whole row's maximum and sum before it can normalise, but a
+tile of keys shows a piece of the row. So keep, over the keys seen so far, the maximum m, the sum
+l = Σ exp(s - m) and the unnormalised output acc = Σ exp(s - m) v. Where a tile raises m to m', all
+earlier terms carry exp(-m) and should carry exp(-m'): one multiplication mends them.
 
-    alpha = exp(m - m')        l ← alpha · l + Σ exp(s' - m')        acc ← alpha · acc + Σ exp(s' - m') v'
+    alpha = exp(m - m')    l ← alpha l + Σ exp(s - m')    acc ← alpha acc + Σ exp(s - m') v
 
-After the last tile O = acc / l: exact, not an approximation. Kept for the backward: lse = m + log l,
-the logarithm of Σ exp(s) over the row (FlashAttention-2, arXiv 2307.08691, algorithm 1, lines 5-15).
+After the last tile O = acc / l, exactly, and lse = m + log l = log Σ exp(s) is kept for the
+backward (FlashAttention-2, arXiv 2307.08691, algorithm 1: "line" in the code below).
 
-**The backward.** From dO, with S and P as above and ∘ element by element (algorithm 2, lines 4-16):
+The backward (algorithm 2), ∘ being the product element by element:
 
-    P = exp(S - lse)         recomputed, a tile at a time: no maximum, no rescaling, lse knows them
-    dV = Pᵀ dO               dP = dO Vᵀ
-    dS = P ∘ (dP - delta)    delta = rowsum(dO ∘ O), a number per row: Σⱼ P dP, without P or dP
-    dQ = scale · dS K        dK = scale · dSᵀ Q
+    P = exp(S - lse)            recomputed by tiles: lse knows the row's maximum and sum
+    dV = Pᵀ dO                  dP = dO Vᵀ
+    dS = P ∘ (dP - delta)       delta = rowsum(P ∘ dP) = rowsum(dO ∘ O), without P or dP
+    dQ = scale · dS K           dK = scale · dSᵀ Q
 
-                     keys →                    `_forward`, `_backward_dq`: a program per tile of
-               ┌────┬────┬────┬────┐           queries, → over its keys; acc or dq stays in registers.
-    queries ↓  │ ░░ │    ·    ·    │           `_backward_dkdv`: a program per tile of keys, ↓ over
-               ├────┼────┼────┼────┤           its queries; dk and dv stay in registers.
-               │ ▓▓ │ ░░ │    ·    │           Causal: ▓ full tiles, in the quick loop; ░ tiles on the
-               ├────┼────┼────┼────┤           diagonal, masked; the others hold nothing and are
-               │ ▓▓ │ ▓▓ │ ░░ │    │           never visited.
-               └────┴────┴────┴────┘
+               keys →
+             ┌────┬────┬────┐   `_forward_kernel`, `_dq_kernel`: a program for each tile of queries,
+    queries  │ ░░ │    │    │   → over its keys, with acc or dq in registers. `_dkdv_kernel`: one
+       ↓     ├────┼────┼────┤   for each tile of keys, ↓ over its queries, with dk and dv.
+             │ ▓▓ │ ░░ │    │   Causal: ▓ full tiles need no mask, ░ tiles on the diagonal do, the
+             ├────┼────┼────┤   others hold nothing and are never visited.
+             │ ▓▓ │ ▓▓ │ ░░ │   HBM traffic: Q and O once, K and V once for each tile of queries
+             └────┴────┴────┘   (mostly from L2), lse.
 
-Memory traffic: Q and O once; K and V once for each tile of queries, mostly from L2.
+Differs from `v0_naive`: one kernel for three, no N² memory. Differs from the paper: algorithm 2
+adds dQ into device memory from every tile of keys (line 15). A kernel of its own recomputes two
+products, and sums in a fixed order, so that gradients repeat bit by bit.
 
-Differs from the paper: the backward is two kernels, where algorithm 2 adds dQ into device memory
-from every tile of keys (line 15). That costs two of seven products more, and buys sums of a fixed
-order: gradients repeat bit by bit. Grouped heads sum over their queries' heads in the same loop.
-Differs from `v0_naive`: one kernel for three, and no N² memory.
-
-Limits: a head dim that is not a power of two is padded to the next one, in time as well; scores
-and sums are fp32, P and dS are rounded to the type of V and K before their products, as on any
-tensor core.
+Limits: a head dim that is no power of two is padded to the next, in time as well. P and dS are
+rounded to the inputs' type for their products; scores and sums are fp32.
 """
 
 import torch
@@ -49,43 +44,32 @@ import triton.language as tl
 
 from . import _host
 
-# BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
-# by (compute capability, padded head dim), None: any GPU. Those rows fit in the 99 KiB of shared
-# memory of the smallest GPUs from sm_80 on (sm_80 itself has 163, sm_90 227).
+# (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages tiles of the loop's operands in flight), by
+# padded head dim: for sm_90; for any GPU, within 99 KiB of shared memory; for fp32, which has no
+# tensor cores at full precision and whose operands fill the registers. On sm_90 a pipelined loop
+# (num_stages > 1) takes tiles of at least 64 both ways: smaller products do not run on wgmma, and
+# Triton 3.6 lets a loop with both kinds of product overwrite a tile that one of them still reads.
 FORWARD = {
-    ((9, 0), 64): (128, 64, 4, 3),
-    ((9, 0), 128): (128, 128, 8, 2),
-    ((9, 0), 256): (128, 64, 8, 2),
-    (None, 64): (128, 64, 4, 3),
-    (None, 128): (128, 32, 4, 3),
-    (None, 256): (64, 32, 4, 2),
+    64: ((128, 64, 4, 3), (128, 64, 4, 3), (64, 32, 8, 1)),
+    128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+    256: ((128, 64, 8, 2), (64, 32, 8, 2), (16, 16, 4, 1)),
 }
 DQ = {
-    ((9, 0), 64): (64, 64, 4, 2),
-    ((9, 0), 128): (64, 64, 4, 2),
-    ((9, 0), 256): (32, 32, 4, 1),
-    (None, 64): (64, 64, 4, 2),
-    (None, 128): (64, 32, 4, 2),
-    (None, 256): (32, 32, 4, 1),
+    64: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+    128: ((128, 64, 8, 2), (64, 32, 4, 2), (16, 16, 4, 1)),
+    256: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
 }
 DKDV = {
-    ((9, 0), 64): (64, 64, 4, 2),
-    ((9, 0), 128): (32, 128, 8, 2),
-    ((9, 0), 256): (32, 32, 8, 1),
-    (None, 64): (64, 64, 4, 2),
-    (None, 128): (32, 64, 4, 2),
-    (None, 256): (32, 32, 4, 1),
+    64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
+    128: ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
-# fp32 at full precision does without tensor cores, and its operands fill the registers.
-FORWARD_FP32 = {64: (32, 32, 4, 2), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
-DQ_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
-DKDV_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
 
 
-def _config(table, table_fp32, capability, head_dim, fp32):
-    """A row of the table for this GPU, or else for any."""
-    d = max(64, 1 << (head_dim - 1).bit_length())
-    return table_fp32[d] if fp32 else table.get((capability, d)) or table[None, d]
+def _config(table, capability, head_dim, fp32):
+    """The tile of `table` for this GPU, head dim and type."""
+    sm_90, any_gpu, full_precision = table[max(64, 1 << (head_dim - 1).bit_length())]
+    return full_precision if fp32 else sm_90 if capability == (9, 0) else any_gpu
 
 
 @triton.jit
@@ -93,9 +77,8 @@ def _load(ptr, rows, stride, N, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of a matrix as a tile, 0 past row N and column HEAD_DIM."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
-    return tl.load(
-        ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0
-    )
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -103,15 +86,14 @@ def _store(ptr, rows, stride, N, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.const
     """The reverse of `_load`: what lies past the end is not written."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
-    tl.store(
-        ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :],
-        tile.to(ptr.dtype.element_ty),
-        mask,
-    )
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def _key_range(start_m, N_Q, N_K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+def _key_range(
+    start_m, N_Q, N_K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
+):
     """(full, hi): all of this tile's queries see all keys below full; none sees one from hi on."""
     full, hi = N_K, N_K
     if CAUSAL:  # aligned bottom-right: query i sees the keys up to i + N_K - N_Q
@@ -156,7 +138,9 @@ def _forward_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
-    for MASKED in tl.static_range(2):  # one loop body, compiled for full tiles and for masked ones
+    # One body, compiled for the full tiles and for the masked ones. The latter are few and not
+    # pipelined: of two pipelined loops in a row ptxas would serialise the matrix products.
+    for MASKED in tl.static_range(2):
         for start_n in tl.range(
             full * MASKED, hi if MASKED else full, BLOCK_N, num_stages=1 if MASKED else None
         ):
@@ -197,16 +181,36 @@ def _p_and_ds(
 
 
 @triton.jit
+def _delta_kernel(
+    o_ptr, do_ptr, delta_ptr,
+    stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
+    H, N_Q, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """delta = rowsum(dO ∘ O): algorithm 2, line 4."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    o_ptr += b * stride_ob + h * stride_oh
+    do_ptr += b * stride_dob + h * stride_doh
+
+    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
+    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
+    tl.store(delta_ptr + pid_bh * N_Q + offs_m, tl.sum(o * do, 1), offs_m < N_Q)
+
+
+@triton.jit
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, scale,
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm,
+    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
+    stride_dqb, stride_dqh, stride_dqm,
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ and delta of one tile of queries; its loop visits the tiles that the forward's visits."""
+    """dQ of one tile of queries; its loop visits the tiles that the forward's visits."""
     tiles = tl.cdiv(N_Q, BLOCK_M)
     start_m = tl.program_id(0) % tiles * BLOCK_M
     pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -216,16 +220,13 @@ def _dq_kernel(
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h // GROUP * stride_kh
     v_ptr += b * stride_vb + h // GROUP * stride_vh
-    o_ptr += b * stride_ob + h * stride_oh
     do_ptr += b * stride_dob + h * stride_doh
     dq_ptr += b * stride_dqb + h * stride_dqh
 
     q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     lse = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M], line 4
-    tl.store(delta_ptr + pid_bh * N_Q + offs_m, delta, offs_m < N_Q)
+    delta = tl.load(delta_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
@@ -282,9 +283,8 @@ def _dkdv_kernel(
         do_head = do_ptr + b * stride_dob + h * stride_doh
         row = (b * H + h) * N_Q
         for MASKED in tl.static_range(2 if CAUSAL else 1):
-            for start_m in range(
-                lo if MASKED else full, tl.minimum(full, N_Q) if MASKED else N_Q, BLOCK_M
-            ):
+            first, last = (lo, tl.minimum(full, N_Q)) if MASKED else (full, N_Q)
+            for start_m in tl.range(first, last, BLOCK_M, num_stages=1 if MASKED else None):
                 offs_m = start_m + tl.arange(0, BLOCK_M)
                 q = _load(q_head, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
                 do = _load(do_head, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)
@@ -315,10 +315,10 @@ def _dkdv_kernel(
     _store(dv_ptr, offs_n, stride_dvn, N_K, dv, HEAD_DIM, BLOCK_D)
 
 
-def _tiles(table, table_fp32, q, allow_tf32):
+def _tiles(table, q, allow_tf32):
     """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
     d, fp32 = q.shape[3], q.dtype == torch.float32
-    m, n, warps, stages = _config(table, table_fp32, _host.capability(q.device), d, fp32)
+    m, n, warps, stages = _config(table, _host.capability(q.device), d, fp32)
     precision = "tf32" if allow_tf32 else "ieee"
     block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
     return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
@@ -329,7 +329,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
     (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
     o = _host.empty_like(q)
     lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
-    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, q, allow_tf32)
+    m, n, d, precision, how = _tiles(FORWARD, q, allow_tf32)
     _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
         q, k, v, o, lse, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
@@ -344,13 +344,14 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     dq, dk, dv = _host.empty_like(q), _host.empty_like(k), _host.empty_like(v)
     delta = torch.empty_like(lse)
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    m, n, d, precision, how = _tiles(DQ, DQ_FP32, q, allow_tf32)
-    _dq_kernel[(-(-N_Q // m) * B * H,)](  # first: it computes delta
-        q, k, v, o, do, dq, lse, delta, scale,
-        *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3],
+    m, n, d, precision, how = _tiles(DQ, q, allow_tf32)
+    grid = (-(-N_Q // m) * B * H,)
+    _delta_kernel[grid](o, do, delta, *o.stride()[:3], *do.stride()[:3], H, N_Q, D, m, d)
+    _dq_kernel[grid](
+        q, k, v, do, dq, lse, delta, scale, *qkv_strides, *do.stride()[:3], *dq.stride()[:3],
         H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,
     )  # fmt: skip
-    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, q, allow_tf32)
+    m, n, d, precision, how = _tiles(DKDV, q, allow_tf32)
     _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
         q, k, v, do, dk, dv, lse, delta, scale,
         *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
