@@ -272,9 +272,12 @@ def _cpu_samples(fn, seconds, least, most):
     from torch.utils.benchmark import Timer
 
     timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
-    times = []  # of single calls, or of the mean of a few where the clock would show
-    while len(times) < least:
-        times += timer.blocked_autorange(min_run_time=seconds).times
+    # Single calls, or the mean of a few where the clock would show.
+    times = list(timer.blocked_autorange(min_run_time=seconds).times)
+    while len(times) < least:  # slow ones: another blocked_autorange would first call in vain
+        start = time.perf_counter()
+        fn()
+        times.append(time.perf_counter() - start)
     step = max(1, len(times) // most)
     return [t * 1e3 for t in times[::step]]
 

@@ -36,8 +36,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 SMALL_MS = 0.1  # below this the host's launches show: graph and host clocks are measured too
-# What is timed must compute attention; how well it rounds is for validate/check_outputs.py to judge,
-# which asks for 1 where this asks for 4 error budgets.
+# What is timed must compute attention; how well it rounds is for validate/check_outputs.py to
+# judge, which allows one error budget where this allows four.
 GROSS = 4
 GIB = 2**30
 UNITS = {

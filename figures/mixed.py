@@ -81,7 +81,7 @@ def draw(found, directory):
             if fig is not None:
                 name = f"{wide.scope}-mixed-{rival}"
                 name += "" if wide.direction == "forward" else f"-{wide.direction}"
-                paths += style.save(fig, directory, name)
+                paths += style.save(fig, directory, name, wide.digest(), half.digest())
     return paths
 
 

@@ -11,6 +11,7 @@ A row is a dict. Rows of one cell (a backend at one size) differ in `metric`; th
 gives fields to the rows after it: the committed reference records are shortened so.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -136,6 +137,15 @@ class Sweep:
             m, mib = known[-1]
             return mib * (n / m) ** 2, True
         return None, False
+
+    def digest(self):
+        """Fingerprint of every number and status, the same before and after trimming."""
+        parts = []
+        for (backend, n), metrics in sorted(self.cells.items()):
+            for metric, r in sorted(metrics.items()):
+                numbers = [f"{r[p]:.6g}" for p in ("p50", "p20", "p80") if r.get(p) is not None]
+                parts.append(f"{backend} {n} {metric} {r['status']} {' '.join(numbers)}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def title(self):
         """What the numbers were measured on, in a line for people."""

@@ -191,7 +191,9 @@ def draw(found, directory):
         for name, arguments in charts.items():
             fig = chart(one, *arguments)
             if fig is not None:
-                paths += style.save(fig, directory, f"{one.scope}-{name}{suffixes[id(one)]}")
+                paths += style.save(
+                    fig, directory, f"{one.scope}-{name}{suffixes[id(one)]}", one.digest()
+                )
     return paths
 
 

@@ -184,13 +184,19 @@ def axes(strips=0):
     return fig, ax, top
 
 
-def save(fig, directory, name):
-    """Write PNG and SVG; returns the paths."""
+def save(fig, directory, name, *digests):
+    """Write PNG and SVG; returns the paths.
+
+    digests: of the records shown (Sweep.digest). They go into the files' description, by which a
+    test tells whether a committed picture still shows its records.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         # No date in the file: an unchanged picture is an unchanged file.
         meta = {"Software": None} if path.suffix == ".png" else {"Date": None}
+        if digests:
+            meta["Description"] = "records " + " ".join(digests)
         fig.savefig(path, metadata=meta)
     plt.close(fig)
     return paths

@@ -204,6 +204,7 @@ def test_trimming_keeps_every_number(rich, tmp_path):
                 number = isinstance(value, float)
                 assert row[field] == (pytest.approx(value, rel=1e-5) if number else value)
     assert answers.words(before) == answers.words(after)
+    assert before.digest() == after.digest()
 
 
 def test_of_two_measurements_of_a_cell_the_newer_one_is_shown():
@@ -275,6 +276,37 @@ def test_backends_are_told_apart_without_colour():
     looks = {name: style.look(name) for name in BACKENDS}
     shapes = [(look.marker, look.dash, look.open) for look in looks.values()]
     assert len(set(shapes)) == len(shapes)
+
+
+def test_a_picture_says_which_records_it_shows(rich, tmp_path):
+    made = seqlen.draw([sweep(rich)], tmp_path)
+    assert made
+    assert all(sweep(rich).digest().encode() in path.read_bytes() for path in made)
+    other = [r | {"p50": 9.9} if r["metric"] == "time_ms" else r for r in rich]
+    assert sweep(other).digest() != sweep(rich).digest()
+
+
+@pytest.mark.parametrize("name", ["seqlen", "mixed"])
+def test_the_committed_pictures_show_the_reference_records(name):
+    path = table.REFERENCE / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("no such reference records")
+    found = records.sweeps(records.read(path))
+    folder = table.REFERENCE.parent
+    if name == "mixed":
+        digests = [d for wide, half in answers.pairs(found) for d in (wide.digest(), half.digest())]
+        pictures = [p for p in folder.glob("*-mixed-*.*") if p.suffix in (".png", ".svg")]
+    else:
+        digests = [one.digest() for one in found]
+        charts = ("runtime", "memory", "throughput", "tflops", "speedup")
+        pictures = [p for p in folder.glob("*.*") if p.suffix in (".png", ".svg")
+                    and p.stem.split("-")[0] in ("block", "attention")
+                    and p.stem.split("-")[1] in charts]  # fmt: skip
+    assert pictures
+    for picture in pictures:
+        data = picture.read_bytes()
+        stale = f"{picture} is stale: python figures/{name}.py {path} --out {folder}"
+        assert any(d.encode() in data for d in digests), stale
 
 
 def test_nothing_to_draw_is_an_error(tmp_path, capsys):
