@@ -266,13 +266,10 @@ def execute(args, plan, timer, file, provenance):
         print("the same command again goes on from here")
 
 
-def shown(r):
-    """TFLOP/s of a row as a table shows it, or why there is none."""
-    if r is None:
-        return ""
-    if r["status"] == "unsupported":
-        return "–"
-    return f"{grid.tflops(r):.0f}" if r["status"] == "ok" else r["status"]
+def text(head, lines, left=2):
+    """A table for a terminal, its first `left` columns aligned left and the numbers right."""
+    align = ["left"] * left + ["right"] * (len(head) - left)
+    return tabulate(lines, head, "simple", disable_numparse=True, colalign=align)
 
 
 def reasons(found):

@@ -30,8 +30,7 @@ import torch
 from flashstudy.backends import load
 from flashstudy.bench import cells, common, rounds
 from flashstudy.bench.rounds import MATMUL
-from flashstudy.figures import grid, records
-from tabulate import tabulate
+from flashstudy.figures import grid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -58,45 +57,6 @@ def parser():
         help="instead of the grid, host and graph time of small calls, peers included",
     )  # fmt: skip
     return p
-
-
-def table(found, names):
-    """The text of the table: a row a cell; TFLOP/s, share of the matrix product, gain per step."""
-    lines = []
-    for cell, of_cell in found.items():
-        line = [cell.direction, "causal" if cell.causal else "full", cell.head_dim, cell.length]
-        for name in names:
-            text = cells.shown(of_cell.get(name))
-            if (share := grid.ratio(of_cell, name, [MATMUL])) is not None:
-                text += f"  {share:4.0%}"
-            gained = grid.gain(of_cell, name, names)
-            line.append(text + (f"  ×{gained:.2f}" if gained is not None else "       "))
-        lines.append([*line, cells.shown(of_cell.get(MATMUL))])
-    head = ["", "mask", "D", "N", *map(records.label, names), "matmul"]
-    return tabulate(lines, headers=head, tablefmt="simple", disable_numparse=True, stralign="right")
-
-
-def gains(found, names):
-    """Sentences: what each step gains over the one before it, per direction and head dim."""
-    sentences = []
-    for direction, d in dict.fromkeys((c.direction, c.head_dim) for c in found):
-        of_step = {
-            name: [
-                g
-                for cell, of_cell in found.items()
-                if (cell.direction, cell.head_dim) == (direction, d)
-                and (g := grid.gain(of_cell, name, names)) is not None
-            ]
-            for name in names
-        }
-        parts = [
-            f"{name} ×{grid.geometric_mean(g):.2f} ({min(g):.2f} to {max(g):.2f})"
-            for name, g in of_step.items()
-            if g
-        ]
-        if parts:
-            sentences.append(f"{direction}, D={d}, gain over the step before: {', '.join(parts)}")
-    return sentences
 
 
 def small_call(name, cell, given, stack):
@@ -143,23 +103,6 @@ def measure_small(args, plan, timer, file, provenance, clocks):
         )
 
 
-def small_table(rows, names, dtype):
-    """The text of the table of small calls, in µs, and {cell: rows} of all its clocks."""
-    lines = {name: [records.label(name)] for name in names}
-    head, seen = ["B=1, H=16, D=64, causal"], {}
-    for metric, what in (("host_ms", "host"), ("graph_ms", "graph")):
-        for cell, of_cell in grid.by_cell(rows, names, dtype, metric).items():
-            head.append(f"N={cell.length} {what} µs")
-            for name in names:
-                r = of_cell.get(name, {"status": ""})
-                ok = r["status"] == "ok"
-                lines[name].append(f"{r['p50'] * 1e3:.1f}" if ok else r["status"])
-            seen[f"{cell}, {what}"] = of_cell
-    align = ["left"] + ["right"] * (len(head) - 1)
-    text = tabulate(list(lines.values()), head, "simple", disable_numparse=True, colalign=align)
-    return text, seen
-
-
 def main(argv=None, timer=None, clocks=CLOCKS):
     p = parser()
     steps = grid.steps()
@@ -188,13 +131,13 @@ def main(argv=None, timer=None, clocks=CLOCKS):
         return stopped
     rows = grid.newest(file.rows)
     if args.small_calls:
-        text, found = small_table(rows, args.backends, args.dtype)
-        print(f"\n{text}")
+        head, lines, found = grid.small_table(rows, args.backends, args.dtype)
+        print("\n" + cells.text(head, lines, 1))
     else:
         found = grid.by_cell(rows, [*args.backends, MATMUL], args.dtype)
         print(f"\nTFLOP/s, {args.dtype}; share of the matrix product; gain over the step before")
-        print(table(found, args.backends))
-        print("\n".join(gains(found, args.backends)))
+        print(cells.text(*grid.ladder_table(found, args.backends)))
+        print("\n".join(grid.ladder_gains(found, args.backends)))
     for line in cells.reasons(found):
         print(line)
     return cells.exit_code(found, steps)

@@ -26,8 +26,7 @@ import sys
 from flashstudy.backends import BACKENDS
 from flashstudy.bench import cells
 from flashstudy.bench.rounds import MATMUL
-from flashstudy.figures import grid, records
-from tabulate import tabulate
+from flashstudy.figures import grid
 
 PEERS = ("sdpa-cudnn", "flash-attn-4", "flash-attn", "flex", "sdpa-flash")
 
@@ -54,50 +53,6 @@ def parser():
     return p
 
 
-def table(found, names):
-    """The text of the table: a row a cell, a column a backend, ratios of ours to the best peer."""
-    ours = [n for n in names if n in grid.steps()]
-    peers = [n for n in names if n not in ours and n != MATMUL]
-    lines = []
-    for cell, of_cell in found.items():
-        rival = grid.best(of_cell, peers)
-        line = ["causal" if cell.causal else "full", cell.head_dim, cell.length]
-        for name in (*ours, *peers, MATMUL):
-            best = rival is not None and name == rival[0]
-            line.append(cells.shown(of_cell.get(name)) + " *" * best)
-        for name in ours:
-            r = grid.ratio(of_cell, name, peers)
-            line.append("" if r is None else f"{r:.2f}")
-        lines.append([cell.direction, *line])
-    head = ["", "mask", "D", "N", *(records.label(n) for n in (*ours, *peers)), "matmul"]
-    head += [f"{records.label(n)} ÷*" for n in ours]
-    return tabulate(lines, headers=head, tablefmt="simple", disable_numparse=True, stralign="right")
-
-
-def verdicts(found, names):
-    """Sentences: each of ours against the best peer, over the cells that have both."""
-    ours = [n for n in names if n in grid.steps()]
-    peers = [n for n in names if n not in ours and n != MATMUL]
-    sentences = []
-    for direction in grid.DIRECTIONS:
-        for name in ours:
-            ratios = {
-                cell: r
-                for cell, of_cell in found.items()
-                if cell.direction == direction
-                and (r := grid.ratio(of_cell, name, peers)) is not None
-            }
-            if ratios:
-                worst = min(ratios, key=ratios.get)
-                behind = sum(r < 1 for r in ratios.values())
-                sentences.append(
-                    f"{records.label(name)}, {direction}: geometric mean"
-                    f" {grid.geometric_mean(list(ratios.values())):.3f} of the best peer over"
-                    f" {len(ratios)} cells, behind in {behind}, least {ratios[worst]:.3f} ({worst})"
-                )
-    return sentences
-
-
 def main(argv=None, timer=None):
     p = parser()
     args = cells.parse(p, argv, lambda args: [*PEERS, *our_best()])
@@ -118,8 +73,8 @@ def main(argv=None, timer=None):
     names = [*args.backends, MATMUL]
     found = grid.by_cell(grid.newest(file.rows), names, args.dtype)
     print(f"\nTFLOP/s, {args.dtype}; * the best peer; ÷* ours over it")
-    print(table(found, names))
-    print("\n".join([*cells.reasons(found), *verdicts(found, names)]))
+    print(cells.text(*grid.peers_table(found, names)))
+    print("\n".join([*cells.reasons(found), *grid.peers_verdicts(found, names)]))
     return cells.exit_code(found, grid.steps())
 
 

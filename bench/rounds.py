@@ -25,12 +25,12 @@ from flashstudy.backends import load, why_not
 from flashstudy.figures import grid
 from flashstudy.validate import errors
 
-MATMUL, MATMUL_SIZE = "matmul", 8192  # the machine's ceiling takes turns like a backend
+MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns like a backend
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
-# Our steps keep within the error budget. A peer is checked for being called as it should be (mask,
-# scale, layout), and timed if its own rounding is somewhat coarser; the record says by how much.
-PEER_SLACK = 4.0
+# What is timed must compute attention: with this mask, scale and layout. How well it rounds is for
+# validate/check_outputs.py to judge, which asks for 1 error budget where this asks for 4.
+GROSS = 4
 SETUP_SHARE = 0.5  # of a budget
 MOST_CALLS = 100  # of one backend in one turn
 MOST_IDLE = 1e-3  # seconds before a call; no backend takes longer to launch
@@ -283,10 +283,12 @@ class Session:
             self.verifier.expect(at)
             try:
                 judged = self.verifier.verdict(self.attention[name], at)
-                slack = 1.0 if name in grid.steps() else PEER_SLACK
-                wrong = not (judged.ok or judged.over <= slack)
-                reason = f"at N={at.length}: {'; '.join(judged.reasons)}"
-                found = ("wrong", reason, judged.over) if wrong else ("ok", None, judged.over)
+                reasons = f"at N={at.length}: {'; '.join(judged.reasons)}"
+                found = ("ok", None, judged.over)
+                if not judged.over <= GROSS:
+                    found = ("wrong", reasons, judged.over)
+                elif not judged.ok:
+                    self.report(f"{name}, {at} is over the error budget {reasons}")
             except Exception as e:
                 found = (*failure(e), None)
             self.verdicts[name, at] = found

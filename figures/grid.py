@@ -1,4 +1,4 @@
-"""Cells of the FlashAttention papers' grid, their FLOPs, and what records say of them.
+"""Cells of the FlashAttention papers' grid, their FLOPs, and what records say of them in tables.
 
 Arithmetic only: no GPU, no timing. A cell is one shape, causal or not, forward or backward. The
 papers keep the work per cell comparable: 16,384 tokens (B = 16384 / N) of hidden size 2048
@@ -14,6 +14,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONG_LENGTHS = (32768, 65536, 131072)
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HIDDEN = 16384, 2048
+MATMUL = "matmul"  # the 8192³ matrix product, on record beside the backends
 DIRECTIONS = ("forward", "backward")
 
 
@@ -139,3 +140,124 @@ def gain(found, name, names):
 def geometric_mean(ratios):
     """Of positive numbers; None of none."""
     return math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if ratios else None
+
+
+# Tables, as (header, rows of text)
+
+
+def shown(row):
+    """TFLOP/s of a row, or why there is none."""
+    if row is None:
+        return ""
+    if row["status"] == "unsupported":
+        return "–"
+    return f"{tflops(row):.0f}" if row["status"] == "ok" else row["status"]
+
+
+def where(cell):
+    return [
+        cell.direction,
+        "causal" if cell.causal else "full",
+        str(cell.head_dim),
+        str(cell.length),
+    ]
+
+
+def sides(names):
+    """(ours, peers) of some backends, the matrix product in neither."""
+    ours = [n for n in names if n in steps()]
+    return ours, [n for n in names if n not in ours and n != MATMUL]
+
+
+def peers_table(found, names):
+    """A row a cell, a column a backend; * the best peer; ours over it in the last columns."""
+    ours, peers = sides(names)
+    lines = []
+    for cell, of_cell in found.items():
+        rival = best(of_cell, peers)
+        line = where(cell)
+        for name in (*ours, *peers, MATMUL):
+            line.append(shown(of_cell.get(name)) + " *" * (rival is not None and name == rival[0]))
+        for name in ours:
+            r = ratio(of_cell, name, peers)
+            line.append("" if r is None else f"{r:.2f}")
+        lines.append(line)
+    head = ["", "mask", "D", "N", *map(records.label, (*ours, *peers)), "matmul"]
+    return head + [f"{records.label(n)} ÷*" for n in ours], lines
+
+
+def peers_verdicts(found, names):
+    """Sentences: each of ours against the best peer, over the cells that have both."""
+    ours, peers = sides(names)
+    sentences = []
+    for direction in DIRECTIONS:
+        for name in ours:
+            ratios = {
+                cell: r
+                for cell, of_cell in found.items()
+                if cell.direction == direction and (r := ratio(of_cell, name, peers)) is not None
+            }
+            if ratios:
+                worst = min(ratios, key=ratios.get)
+                behind = sum(r < 1 for r in ratios.values())
+                sentences.append(
+                    f"{records.label(name)}, {direction}: geometric mean"
+                    f" {geometric_mean(list(ratios.values())):.3f} of the best peer over"
+                    f" {len(ratios)} cells, behind in {behind}, least {ratios[worst]:.3f} ({worst})"
+                )
+    return sentences
+
+
+def ladder_table(found, names):
+    """A row a cell, a column a step: TFLOP/s, share of the matrix product, gain over the last."""
+    lines = []
+    for cell, of_cell in found.items():
+        line = where(cell)
+        for name in names:
+            text = shown(of_cell.get(name))
+            if (share := ratio(of_cell, name, [MATMUL])) is not None:
+                text += f"  {share:4.0%}"
+            gained = gain(of_cell, name, names)
+            line.append(text + (f"  ×{gained:.2f}" if gained is not None else ""))
+        lines.append([*line, shown(of_cell.get(MATMUL))])
+    return ["", "mask", "D", "N", *map(records.label, names), "matmul"], lines
+
+
+def ladder_gains(found, names):
+    """Sentences: what each step gains over the one before it, per direction and head dim."""
+    sentences = []
+    for direction, d in dict.fromkeys((c.direction, c.head_dim) for c in found):
+        of_step = {
+            name: [
+                g
+                for cell, of_cell in found.items()
+                if (cell.direction, cell.head_dim) == (direction, d)
+                and (g := gain(of_cell, name, names)) is not None
+            ]
+            for name in names
+        }
+        parts = [
+            f"{records.label(name)} ×{geometric_mean(g):.2f} ({min(g):.2f} to {max(g):.2f})"
+            for name, g in of_step.items()
+            if g
+        ]
+        if parts:
+            sentences.append(f"{direction}, D={d}, gain over the step before: {', '.join(parts)}")
+    return sentences
+
+
+def small_table(rows, names, dtype="bfloat16"):
+    """A row a backend; µs of small calls on each clock. Also {what: rows} of what it shows."""
+    lines = {name: [records.label(name)] for name in names}
+    head, seen = ["B=1, H=16, D=64, causal"], {}
+    for metric, what in (("host_ms", "host"), ("graph_ms", "graph")):
+        for cell, of_cell in by_cell(rows, names, dtype, metric).items():
+            head.append(f"N={cell.length} {what} µs")
+            seen[f"{cell}, {what}"] = of_cell
+            for name in names:
+                r = of_cell.get(name)
+                ok = r is not None and r["status"] == "ok"
+                lines[name].append(
+                    f"{r['p50'] * 1e3:.1f}" if ok else "" if r is None else r["status"]
+                )
+    return head, list(lines.values()), seen

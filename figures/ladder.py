@@ -16,7 +16,6 @@ from pathlib import Path
 from flashstudy.figures import grid, records, style
 from matplotlib.patches import Patch
 
-MATMUL = "matmul"
 TITLE = {"fontsize": 11.5, "pad": 4}  # of a panel
 BARS = {  # causal? -> looks of the bars
     False: {"facecolor": "#1F4E79", "edgecolor": "#1F4E79", "linewidth": 0.6},
@@ -29,7 +28,7 @@ def panel(ax, found, direction, d, names):
     width, highest = 0.4, 0.0
     masks = sorted({c.causal for c in found})
     of_mask = {c.causal: f for c, f in found.items() if (c.direction, c.head_dim) == (direction, d)}
-    ceilings = [r for f in of_mask.values() if (r := grid.best(f, [MATMUL])) is not None]
+    ceilings = [r for f in of_mask.values() if (r := grid.best(f, [grid.MATMUL])) is not None]
     for at, name in enumerate(names):
         tallest = 0.0
         for causal, of_cell in of_mask.items():
@@ -116,7 +115,7 @@ def draw(rows, directory, length=None):
     paths = []
     rows = grid.newest([r for r in rows if r.get("study") == "ladder"])
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
-        cells = grid.by_cell(rows, [*grid.steps(), MATMUL], dtype)
+        cells = grid.by_cell(rows, [*grid.steps(), grid.MATMUL], dtype)
         n = max((c.length for c in cells), default=0) if length is None else length
         found = {c: f for c, f in cells.items() if c.length == n}
         seen = {b for f in found.values() for b, r in f.items() if r["status"] != "unsupported"}

@@ -17,7 +17,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-MATMUL = "matmul"
 TITLE = {"fontsize": 11.5, "pad": 4}  # of a panel
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "||||")  # of the peers: a grey print tells them
 
@@ -82,8 +81,8 @@ def panel(ax, found, d, causal, lengths, order, looks, ours, peers):
                 color=style.BLACK if ratio >= 1 else style.RED,
                 path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
-        if MATMUL in of_cell and of_cell[MATMUL]["status"] == "ok":
-            ceiling = grid.tflops(of_cell[MATMUL])
+        if grid.MATMUL in of_cell and of_cell[grid.MATMUL]["status"] == "ok":
+            ceiling = grid.tflops(of_cell[grid.MATMUL])
             ax.plot([at - 0.46, at + 0.46], [ceiling] * 2, color=style.GREY, linestyle=":")
             tallest = max(tallest, ceiling)
         highest = max(highest, tallest)
@@ -149,7 +148,7 @@ def draw(rows, directory):
     """Write every picture that the rows allow; returns the paths."""
     paths = []
     rows = grid.newest([r for r in rows if r.get("study") == "peers"])
-    names = [*records.table(), MATMUL]
+    names = [*records.table(), grid.MATMUL]
     for dtype in dict.fromkeys(r["dtype"] for r in rows):
         cells = grid.by_cell(rows, names, dtype)
         for direction in grid.DIRECTIONS:

@@ -364,17 +364,17 @@ def test_peers_measures_records_and_resumes(tame, tmp_path, capsys):
 
 
 def test_a_wrong_step_is_not_timed(tame, tmp_path, capsys):
-    def off_by_a_tenth(q, k, v, *, causal=False, scale=None):
-        return naive.attention(q, k, v, causal=causal, scale=scale) * 1.1
+    def off_by_a_fifth(q, k, v, *, causal=False, scale=None):
+        return naive.attention(q, k, v, causal=causal, scale=scale) * 1.2
 
-    tame.setattr(rounds, "load", lambda n: off_by_a_tenth if n == "v1_flash" else naive.attention)
+    tame.setattr(rounds, "load", lambda n: off_by_a_fifth if n == "v1_flash" else naive.attention)
     out = tmp_path / "ladder.jsonl"
     assert ladder.main([*TINY, "--out", str(out)], FakeTimer()) == 1
     rows = rows_of(out)
     bad = [r for r in rows if r["backend"] == "v1_flash"]
     assert {r["status"] for r in bad} == {"wrong"}
     assert all(r["p50"] is None and r["samples"] == 0 for r in bad)
-    assert all(r["error_over_budget"] > 1 for r in bad)
+    assert all(r["error_over_budget"] > rounds.GROSS for r in bad)
     assert "max error" in bad[0]["reason"]
     assert {r["status"] for r in rows if r["backend"] == "v0_naive"} == {"ok"}
     assert "wrong" in capsys.readouterr().out
@@ -598,9 +598,22 @@ def test_tables_mark_the_best_peer_and_what_is_missing():
         }
     }
     names = ["sdpa-cudnn", "flex", "flash-attn-4", "v0_naive", "v1_flash", "matmul"]
-    line = peers.table(found, names).splitlines()[-1].split()
-    assert line == ["forward", "full", "64", "512", "oom", "256", "500", "–", "512", "*", "0.50"]
-    assert peers.verdicts(found, names) == [
+    head, [line] = grid.peers_table(found, names)
+    assert len(head) == len(line)
+    assert " ".join(line).split() == [
+        "forward",
+        "full",
+        "64",
+        "512",
+        "oom",
+        "256",
+        "500",
+        "–",
+        "512",
+        "*",
+        "0.50",
+    ]
+    assert grid.peers_verdicts(found, names) == [
         "v1 flash, forward: geometric mean 0.500 of the best peer over 1 cells, behind in 1,"
         " least 0.500 (forward D=64 full N=512)"
     ]
