@@ -237,8 +237,10 @@ def _memory(sweep):
             text += ", where the tensors that any implementation must hold make"
             text += f" {lines[0].analytic:,.0f}"
         yield text + "."
-    if bent:
-        yield f"Memory of {_names([s.backend for s in bent])} does not fit a straight line."
+    for s in bent:
+        n, row = sweep.series(s.backend, "peak_delta_mib")[-1]
+        text = f"Memory of {records.label(s.backend)} is {size(row['value'])} at {n} tokens and"
+        yield f"{text} does not fit one straight line (off by up to {s.worst:.0%})."
 
 
 def words(sweep):

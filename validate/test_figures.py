@@ -157,7 +157,7 @@ def test_memory_lines_are_fitted_in_bytes_per_token(rich):
         cell("flash-attn", n, 1.0, mib=float(n * n)) for n in LENGTHS
     ))  # fmt: skip
     assert not answers.slopes(bent)[0].linear
-    assert "does not fit a straight line" in " ".join(answers.words(bent))
+    assert "does not fit one straight line" in " ".join(answers.words(bent))
 
 
 def test_mixed_speed_up_is_precision_times_algorithm():
