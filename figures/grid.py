@@ -5,6 +5,7 @@ papers keep the work per cell comparable: 16,384 tokens (B = 16384 / N) of hidde
 (H = 2048 / D).
 """
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -107,6 +108,16 @@ def by_cell(rows, names, dtype="bfloat16", metric="time_ms"):
     return {
         cell: max(enumerate(runs[cell].values()), key=worth)[1] for cell in sorted(runs, key=order)
     }
+
+
+def digest(found):
+    """Fingerprint of every number and status that is shown, the same before and after trimming."""
+    parts = [
+        f"{cell} {name} {row['status']} {'' if row['p50'] is None else format(row['p50'], '.6g')}"
+        for cell, of_cell in sorted(found.items(), key=lambda item: order(item[0]))
+        for name, row in sorted(of_cell.items())
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def order(cell):

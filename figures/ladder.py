@@ -122,7 +122,8 @@ def draw(rows, directory, length=None):
         names = [n for n in grid.steps() if n in seen]
         if names:
             suffix = f"-{n}" * (length is not None) + f"-{dtype}" * (dtype != "bfloat16")
-            paths += style.save(draw_one(found, names, n, dtype), directory, f"ladder{suffix}")
+            fig = draw_one(found, names, n, dtype)
+            paths += style.save(fig, directory, f"ladder{suffix}", grid.digest(found))
     return paths
 
 

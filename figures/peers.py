@@ -161,7 +161,8 @@ def draw(rows, directory):
                 if any(r["status"] == "ok" for f in found.values() for r in f.values()):
                     suffix = "-long" * long + f"-{dtype}" * (dtype != "bfloat16")
                     fig = draw_one(found, direction, dtype)
-                    paths += style.save(fig, directory, f"peers-{direction}{suffix}")
+                    name = f"peers-{direction}{suffix}"
+                    paths += style.save(fig, directory, name, grid.digest(found))
     return paths
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -549,6 +550,7 @@ def test_peers_picture_shows_the_ratios(tmp_path):
     made = sorted(p.name for p in tmp_path.glob("peers-*"))
     assert made == [f"peers-{d}.{k}" for d in ("backward", "forward") for k in ("png", "svg")]
     before = (tmp_path / "peers-forward.png").read_bytes()
+    assert grid.digest(found).encode() in before
     assert peers_figure.main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "peers-forward.png").read_bytes() == before
 
@@ -574,6 +576,21 @@ def test_ladder_picture_shows_the_gains(tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert ladder_figure.main([str(path), "--out", str(tmp_path), "--length", "512"]) == 0
     assert sorted(p.name for p in tmp_path.glob("ladder-*")) == ["ladder-512.png", "ladder-512.svg"]
+
+
+@pytest.mark.parametrize("program", [ladder_figure, peers_figure])
+def test_the_committed_pictures_show_the_reference_records(program, tmp_path):
+    name = program.__name__.rsplit(".", 1)[1]
+    folder = common.ROOT / "figures"
+    path = folder / "reference" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("no such reference records")
+    fresh = program.draw(records.read(path), tmp_path)
+    assert fresh
+    for picture in fresh:
+        shown = re.search(rb"records ([0-9a-f]{16})", picture.read_bytes())[1]
+        stale = f"stale: python figures/{name}.py {path.relative_to(common.ROOT)} --out figures"
+        assert shown in (folder / picture.name).read_bytes(), stale
 
 
 @pytest.mark.parametrize("program", [ladder_figure, peers_figure])
