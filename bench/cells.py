@@ -278,7 +278,7 @@ def reasons(found):
     for cell, of_cell in found.items():
         for name, r in of_cell.items():
             if r["status"] != "ok":
-                cells.setdefault((name, r["status"], r["reason"]), []).append(cell)
+                cells.setdefault((name, r["status"], r.get("reason")), []).append(cell)
     return [
         f"{records.label(name)}, {status} in {len(at)} of {len(found)} cells ({at[0]}): {reason}"
         for (name, status, reason), at in cells.items()

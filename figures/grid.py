@@ -112,11 +112,11 @@ def by_cell(rows, names, dtype="bfloat16", metric="time_ms"):
 
 def digest(found):
     """Fingerprint of every number and status that is shown, the same before and after trimming."""
-    parts = [
-        f"{cell} {name} {row['status']} {'' if row['p50'] is None else format(row['p50'], '.6g')}"
-        for cell, of_cell in sorted(found.items(), key=lambda item: order(item[0]))
-        for name, row in sorted(of_cell.items())
-    ]
+    parts = []
+    for cell in sorted(found, key=order):
+        for name, row in sorted(found[cell].items()):
+            time = f"{row['p50']:.6g}" if row["status"] == "ok" else row["status"]
+            parts.append(f"{cell} {name} {time}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
