@@ -45,6 +45,7 @@ def _interpret_without_gpu():
 
 if __name__ in ("__main__", "__mp_main__"):  # as a script, or as one of its worker processes
     _interpret_without_gpu()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are enough processes
 
 from flashstudy.backends import BACKENDS, load, why_not  # noqa: E402
 from flashstudy.validate import cases, errors, faults  # noqa: E402
@@ -62,7 +63,9 @@ class Candidate(NamedTuple):
     name: str
     attention: object
     backward: bool
-    kernel: bool = False  # of this project's ladder: returns the LSE on request
+    lse: str = (
+        ""  # "fp32": returns it on request; "stored": from scores stored in the inputs' dtype
+    )
     ours: bool = False  # this project's: bitwise repeatable, deaf to NaN in masked keys
     portable: bool = False  # takes every case: a refusal is a failure
     tiled: bool = False  # never touches the tiles right of the diagonal
@@ -74,8 +77,9 @@ def candidate(name):
     kernel = row.target.startswith("kernels.")
     ours = kernel or row.target.startswith("backends.naive")
     portable = ours and row.capability < (9, 0)
+    lse = "" if not kernel else "stored" if row.family == "standard" else "fp32"
     return Candidate(
-        name, load(name), row.backward, kernel, ours, portable, kernel and row.family == "flash"
+        name, load(name), row.backward, lse, ours, portable, kernel and row.family == "flash"
     )
 
 
@@ -116,8 +120,8 @@ def call(c, case, q, k, v, do):
     before = [] if case.heavy else [t.clone() for _, t in named]
     if not case.heavy:
         poison(q, k)
-    options = {"causal": case.causal, "scale": case.scale, "lse": c.kernel}
-    with poisoned_empty() if c.kernel else contextlib.nullcontext():
+    options = {"causal": case.causal, "scale": case.scale, "lse": bool(c.lse)}
+    with poisoned_empty() if c.lse else contextlib.nullcontext():
         got = errors.run(c.attention, q, k, v, do, **options)
     if q.device.type == "cuda":
         torch.cuda.synchronize()  # an illegal access surfaces here, in the case that made it
@@ -135,12 +139,20 @@ def _same(a, b):
     return a.shape == b.shape and torch.equal(a.view(bits), b.view(bits))
 
 
+def _expect(c, case, dtype, inputs):
+    lse = {"": False, "fp32": True, "stored": dtype}[c.lse]
+    return errors.expect(*inputs, causal=case.causal, scale=case.scale, lse=lse)
+
+
 @functools.lru_cache(maxsize=400)
-def _prepared(case, dtype, device, lse):
-    """Inputs and Expectation of a case: several backends are judged by the same ones."""
-    q, k, v, do = cases.inputs(case, dtype, device)
-    options = {"causal": case.causal, "scale": case.scale, "lse": lse}
-    return (q, k, v, do), errors.expect(q, k, v, do, **options)
+def _prepare(case, dtype, device, lse):
+    inputs = cases.inputs(case, dtype, device)
+    return inputs, _expect(Candidate("", None, True, lse), case, dtype, inputs)
+
+
+def _prepared(c, case, dtype, device):
+    """Inputs and Expectation of a case; backends that show the same things share them."""
+    return _prepare(case, dtype, device, c.lse)
 
 
 # ---- Judges: each returns (Verdict, findings) ----------------------------------------------------
@@ -162,26 +174,25 @@ def _with(verdict, reasons):
 def budget(c, case, dtype, device):
     """Every output within its budget."""
     if not case.heavy:
-        inputs, expectation = _prepared(case, dtype, device, c.kernel)
+        inputs, expectation = _prepared(c, case, dtype, device)
         return errors.verdict(call(c, case, *inputs), expectation), []
     inputs = cases.inputs(case, dtype, device)
     got = call(c, case, *inputs)
     if case.h > 2:  # the first and the last head stand for all
         got = {n: t[:, :: case.h - 1] for n, t in got.items()}
         inputs = [None if t is None else t[:, :: t.shape[1] - 1] for t in inputs]
-    options = {"causal": case.causal, "scale": case.scale, "lse": c.kernel}
-    return errors.verdict(got, errors.expect(*inputs, **options)), []
+    return errors.verdict(got, _expect(c, case, dtype, inputs)), []
 
 
 def repeat(c, case, dtype, device):
     """The same call again gives the same bits: always in the ladder's portable steps."""
-    inputs, expectation = _prepared(case, dtype, device, c.kernel)
+    inputs, expectation = _prepared(c, case, dtype, device)
     first = call(c, case, *inputs)
     reasons, findings = [], []
     for _ in range(9 if device == "cuda" else 2):
         again = call(c, case, *inputs)
         pairs = [(n, first[n], again[n]) for n in first]
-        forward, backward = pairs[: 1 + c.kernel], pairs[1 + c.kernel :]
+        forward, backward = pairs[: 1 + bool(c.lse)], pairs[1 + bool(c.lse) :]
         for part, promised in ((forward, c.ours), (backward, c.portable)):
             more = _compare(c, promised, "same call again", part)
             reasons, findings = reasons or more[0], findings or more[1]
@@ -190,7 +201,7 @@ def repeat(c, case, dtype, device):
 
 def independent(c, case, dtype, device):
     """NaN in one KV head of one batch, and the queries that read it, stays there."""
-    inputs, expectation = _prepared(case, dtype, device, c.kernel)
+    inputs, expectation = _prepared(c, case, dtype, device)
     clean = call(c, case, *inputs)
     group = case.h // case.h_kv
     hurt = [None if t is None else t.clone() for t in inputs]
@@ -210,13 +221,13 @@ def independent(c, case, dtype, device):
 
 def permuted_keys(c, case, dtype, device):
     """The order of the keys does not matter without a mask: same reference, same budget."""
-    (q, k, v, do), expectation = _prepared(case, dtype, device, c.kernel)
+    (q, k, v, do), expectation = _prepared(c, case, dtype, device)
     order = torch.randperm(case.n_k, generator=torch.Generator().manual_seed(1)).to(device)
     return errors.verdict(call(c, case, q, k[:, :, order], v[:, :, order], do), expectation), []
 
 
 def _future_nan(c, case, dtype, device, promised, values, margin):
-    (q, k, v, do), expectation = _prepared(case, dtype, device, c.kernel)
+    (q, k, v, do), expectation = _prepared(c, case, dtype, device)
     clean = call(c, case, q, k, v, do)
     cut = case.n_k - case.n_q // 4  # the last quarter of the queries may see it
     k, v = k.clone(), v.clone()
@@ -338,7 +349,7 @@ class Worker:
         if self.connection.poll():
             try:
                 record = self.connection.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 self.process.join()
                 reason = f"the process died (exit code {self.process.exitcode})"
         elif time.monotonic() - self.since > self.limit:
@@ -541,7 +552,7 @@ def self_test(device, dtypes):
         if not faults.shows_in(fault, dtype):
             continue
         # Most have to be found without the LSE, which libraries do not show.
-        lse = not fault or fault in faults.LSE_ONLY
+        lse = "fp32" if not fault or fault in faults.LSE_ONLY else ""
         c = Candidate(fault, faults.attention(fault), True, lse, True, True, True)
         grid = cases.grid("", device, dtype, backward=True, interpreted=False, quick=True)[::-1]
         for n, case in enumerate(grid, start=1):  # noqa: B007
@@ -636,11 +647,11 @@ def plan(args):
             work += parts.values()
         skipped += [f"{name} {', '.join(d)}: {why}" for why, d in reasons.items()]
         if name in cases.CORE_ONLY and any(p[0][0] == name for p in work):
-            notes.append(f"{name} runs {len(grid)} core cases: it {cases.CORE_ONLY[name]}")
+            notes.append(f"{name} runs the core cases only: it {cases.CORE_ONLY[name]}")
     if any(BACKENDS[p[0][0]].cpu == "interpreter" for p in work) and args.device == "cpu":
         notes.append(
-            f"Triton's interpreter runs the kernels on the cases up to {cases.INTERPRETED_TILES}"
-            " tiles of 64 x 64 scores (half of that with gradients) and head dim 128; a GPU: all"
+            f"Triton's interpreter runs the kernels on cases of up to {cases.INTERPRETED_TILES}"
+            " tiles of 64 x 64 scores and head dim 128, in fp32 on the quick ones; a GPU runs all"
         )
     return work, skipped, notes
 

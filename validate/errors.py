@@ -13,12 +13,18 @@ itself (an absolute tolerance does not: outputs shrink as 1/sqrt(N), and 1e-2 ac
 
     max error   <= F × yardstick's max + 2 ulp(max |reference|) + noise,   F = 2, for gradients 3
     mean error  <= 1.5 × yardstick's mean + guard + noise
+    |gain|      <= F × yardstick's + chance,   gain = <error, reference> / <reference, reference>
 
-and for the log-sum-exp, which every kernel holds in fp32 whatever its inputs,
+and for the log-sum-exp, which a flash kernel holds in fp32 whatever its inputs,
 
-    max error   <= 2 × (error of an fp32 yardstick) + 8 ulp_fp32(max(1, max |logit|)).
+    max error   <= 2 × (error of an fp32 yardstick) + 8 ulp_fp32(max(1, max |logit|))
 
-Three details keep small cases honest without loosening large ones:
+(a kernel that stores its scores is held against a yardstick in their dtype instead).
+
+The gain is the part of the error that is the reference over again: 0.01 where a gradient comes out
+1 % too large. Rounding leaves next to none, so it shows what hides below half-precision rounding.
+
+Some details keep small cases honest without loosening large ones:
 
 * The yardstick's error on a handful of numbers is luck (it is often exactly 0). A small case
   measures it over several draws, v and do scaled elementwise by random factors near 1, and takes
@@ -26,10 +32,15 @@ Three details keep small cases honest without loosening large ones:
 * guard = max budget × sqrt(ln(1/δ) / 2n), with δ = 1e-6 and n numbers: Hoeffding's bound on how far
   the mean of n errors, each within the budget, strays from its expectation by chance. It is 0.33 of
   the max budget for 64 numbers and 0.003 for a million.
-* noise is what fp32 arithmetic may leave where the true value cancels. dS = P∘(dP - delta) is
-  exactly 0 in a row with one visible key, but dP and delta are sums over the head dim taken in
-  different orders: gradients of q and k get a few fp32 ulp of those sums' terms. Everything gets
-  the smallest normal fp32 number, because hardware may flush subnormals.
+* chance is what independent rounding errors of that mean size give the gain: 6 standard deviations
+  over as many rows (queries or keys, the fewer) as there are.
+* noise is what sound fp32 arithmetic may leave where the true value cancels or the problem itself
+  is ill-conditioned, and where the yardstick may be exact by luck or by construction:
+  dS = P∘(dP - delta) is exactly 0 in a row with one visible key, but dP and delta are sums over the
+  head dim taken in different orders; delta = rowsum(dO∘O) inherits the rounding of O as stored;
+  a logit s known to half an ulp makes P uncertain by |s| ulp, a part in a thousand at 1e4. Each is
+  a root-sum-square over the keys (or queries), and far below the yardstick in ordinary cases.
+  Everything gets the smallest normal fp32 number, because hardware may flush subnormals.
 """
 
 import contextlib
@@ -55,13 +66,15 @@ class BadCase(ValueError):
 
 
 class Stat(NamedTuple):
-    """Errors of one output, in its own unit; `over` is the worse of the two error/budget ratios."""
+    """Errors of one output, in its own unit; `over` is the worst error/budget ratio."""
 
     max_error: float
     max_budget: float
     mean_error: float
     mean_budget: float
     bias: float  # signed mean of candidate - reference
+    gain: float
+    gain_budget: float
     over: float
 
 
@@ -78,6 +91,7 @@ class Verdict(NamedTuple):
 class Budget(NamedTuple):
     max: float
     mean: float
+    gain: float
 
 
 class Expectation(NamedTuple):
@@ -103,17 +117,67 @@ def _bmm(a, b, alpha=1.0):
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=alpha)
 
 
+class _Noise:
+    """Collects the noise of the outputs, row by row, next to the fp64 computation."""
+
+    def __init__(self):
+        self.rows = {}  # name -> list of (noise at the largest element, at a typical one)
+        self.columns = {}
+
+    def add(self, dtype, p, size, q, k, v, o, do, scale):
+        """One chunk: p [Z, M, N_K]; size [Z, M], the largest |logit| of each row."""
+        unit = NOISE_ULPS.get(dtype, 0) * EPS32
+        unsure = unit * size[..., None] * p * (1 - p)  # [Z, M, N_K], of P by its logits
+        self._row("o", unsure.norm(dim=-1), v)
+        if do is None:
+            return
+        d = q.shape[-1]
+        self._column("dv", unsure.square().sum(1), do)
+        do_size, v_size = do.norm(dim=-1)[..., None], v.norm(dim=-1)[:, None, :]
+        ds = (unit * p + unsure / math.sqrt(d)) * do_size * v_size * abs(scale)
+        delta = 1.5 * torch.finfo(dtype).eps * (do * o).norm(dim=-1) * abs(scale)  # [Z, M]
+        self._row("dq", ds.norm(dim=-1), k)
+        self._row("dq", delta, _bmm(p, k))
+        stored = (p * delta[..., None]).square()
+        self._column("dk", (ds.square() + stored).sum(1), q)
+
+    def _row(self, name, each, other):
+        """`each` row's noise per unit of the tensor it multiplies."""
+        spread = other.abs().max().item(), other.square().mean().sqrt().item()
+        pair = each.max().item() * spread[0], each.mean().item() * spread[1]
+        self.rows.setdefault(name, []).append(pair)
+
+    def _column(self, name, squares, other):
+        """The same for keys, whose squares add up over the chunks of rows."""
+        old, largest, typical = self.columns.get(name, (0.0, 0.0, 0.0))
+        spread = other.abs().max().item(), other.square().mean().sqrt().item()
+        self.columns[name] = old + squares, max(largest, spread[0]), max(typical, spread[1])
+
+    def end_of_rows(self):
+        """The heads of this chunk are complete."""
+        for name, (squares, largest, typical) in self.columns.items():
+            each = squares.sqrt()
+            pair = each.max().item() * largest, each.mean().item() * typical
+            self.rows.setdefault(name, []).append(pair)
+        self.columns = {}
+
+    def worst_and_mean(self):
+        names = self.rows.items()
+        return {n: (max(a for a, _ in pairs), max(b for _, b in pairs)) for n, pairs in names}
+
+
 def compute(q, k, v, do=None, *, causal=False, scale=None, dtype=torch.float64):
     """Attention by its formulas with every intermediate in `dtype`; gradients where do is given.
 
     q, do (B, H, N_Q, D); k, v (B, H_KV, N_K, D). Returns a dict with o (B, H, N_Q, D), lse (B, H,
-    N_Q) and, with do, dq, dk, dv shaped like q, k, v; in addition the scalars `logit`, the largest
-    |scale · q kᵀ|, and `dq_terms`, `dk_terms`: largest and mean size of what cancels in those.
+    N_Q) and, with do, dq, dk, dv shaped like q, k, v; in addition `logit`, the largest
+    |scale · q kᵀ|, and (in fp64) `noise`: output name -> its largest and mean noise.
     Scores are held a chunk at a time, so N_Q · N_K is bounded by time and not by memory.
     """
     b, h, n_q, d = q.shape
     h_kv, n_k = k.shape[1:3]
     scale = 1.0 / math.sqrt(d) if scale is None else scale
+    given, noise = q.dtype, _Noise()
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     # The query heads that share a KV head are more rows of the same problem:
     # [B, H, N_Q, D] -> [B * H_KV, rows = (H / H_KV) * N_Q, D]
@@ -123,7 +187,7 @@ def compute(q, k, v, do=None, *, causal=False, scale=None, dtype=torch.float64):
     o, dq = torch.zeros_like(q), torch.zeros_like(q)
     lse = torch.full(q.shape[:2], -math.inf, dtype=accumulate, device=q.device)
     dk, dv = (torch.zeros_like(t, dtype=accumulate) for t in (k, v))
-    logit, dq_terms, dk_terms = 0.0, [], []
+    logit = 0.0
 
     limit = CHUNK.get(q.device.type, CHUNK["cpu"])
     step_m = max(1, min(rows, limit // max(1, n_k)))
@@ -133,7 +197,6 @@ def compute(q, k, v, do=None, *, causal=False, scale=None, dtype=torch.float64):
         for z in range(0, b * h_kv if n_k and rows else 0, step_z):
             head = slice(z, z + step_z)
             kc, vc = k[head], v[head]  # [Z, N_K, D]
-            dk_square = 0.0
             for m in range(0, rows, step_m):
                 row = slice(m, m + step_m)
                 qc = q[head, row]  # [Z, M, D]
@@ -142,12 +205,16 @@ def compute(q, k, v, do=None, *, causal=False, scale=None, dtype=torch.float64):
                     i = torch.arange(rows, device=q.device)[row] % n_q
                     hidden = j > i[:, None] + n_k - n_q  # [M, N_K]
                     s.masked_fill_(hidden, -math.inf)
-                logit = max(logit, s.abs().nan_to_num(nan=math.inf, posinf=0.0).max().item())
+                size = s.abs().nan_to_num(nan=math.inf, posinf=0.0).amax(-1)  # [Z, M]
+                logit = max(logit, size.max().item())
                 lse[head, row] = torch.logsumexp(s.to(accumulate), -1)
                 p = s.softmax(-1)
                 if causal:
                     p.masked_fill_(hidden, 0)  # rows without a key came out NaN
                 o[head, row] = _bmm(p, vc)
+                if dtype == torch.float64:
+                    doc = None if do is None else do[head, row]
+                    noise.add(given, p, size, qc, kc, vc, o[head, row], doc, scale)
                 if do is None:
                     continue
 
@@ -159,22 +226,12 @@ def compute(q, k, v, do=None, *, causal=False, scale=None, dtype=torch.float64):
                 ds = ds.to(dtype)
                 dq[head, row] = _bmm(ds, kc, scale)
                 dk[head] += _bmm(ds.mT, qc, scale)
-                if dtype == torch.float64:
-                    # dP_ij and delta_i are sums over the head dim of the size |do_i| |v_j|.
-                    terms = p * doc.norm(dim=-1)[..., None] * vc.norm(dim=-1)[:, None, :]
-                    dq_terms.append(terms.norm(dim=-1).flatten())
-                    dk_square = dk_square + terms.square().sum(1)
-            if do is not None and dtype == torch.float64:
-                dk_terms.append(dk_square.sqrt().flatten())
+            noise.end_of_rows()
     out = {"o": o.view(b, h, n_q, d), "lse": lse.view(b, h, n_q), "logit": logit}
+    out["noise"] = noise.worst_and_mean()
     if do is not None:
         out |= {"dq": dq.view(b, h, n_q, d)}
         out |= {n: t.to(dtype).view(b, h_kv, n_k, d) for n, t in (("dk", dk), ("dv", dv))}
-        for name, terms, other in (("dq_terms", dq_terms, k), ("dk_terms", dk_terms, q)):
-            terms = torch.cat(terms) * abs(scale) if terms else other.new_zeros(1)
-            other = other if other.numel() else other.new_zeros(1)
-            rms = other.square().mean().sqrt()
-            out[name] = (terms.max() * other.abs().max()).item(), (terms.mean() * rms).item()
     return out
 
 
@@ -184,6 +241,12 @@ def ulp(x, dtype):
     if not x:
         return info.smallest_normal * info.eps
     return max(2.0 ** math.floor(math.log2(abs(x))), info.smallest_normal) * info.eps
+
+
+def _gain(error, reference):
+    """The multiple of the reference that is in the error; 0 for a reference of zeros."""
+    square = reference.square().sum().item()
+    return (error * reference).sum().item() / square if square else 0.0
 
 
 def _draws(q, k, v, do):
@@ -204,11 +267,12 @@ def _draws(q, k, v, do):
 def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
     """The reference and the budgets for these inputs (see the module's docstring).
 
-    do: gradient of o, asks for dq, dk, dv too. lse: asks for the log-sum-exp too.
+    do: gradient of o, asks for dq, dk, dv too. lse: asks for the log-sum-exp too; True, or the
+    dtype in which a materialising kernel stores the scores.
     Raises BadCase where reference or yardstick is not finite.
     """
     names = ["o"] + (["dq", "dk", "dv"] if do is not None else [])
-    reference, worst = None, {n: [0.0, 0.0] for n in names}
+    reference, worst = None, {n: [0.0, 0.0, 0.0] for n in names}
     for inputs in _draws(q, k, v, do):
         true = compute(*inputs, causal=causal, scale=scale)
         eager = compute(*inputs, causal=causal, scale=scale, dtype=q.dtype)
@@ -216,31 +280,38 @@ def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
         for n in names:
             if not true[n].numel():
                 continue
-            error = (eager[n].double() - true[n]).abs()
+            signed = eager[n].double() - true[n]
+            error = signed.abs()
             rounding = (true[n].to(q.dtype).double() - true[n]).abs().mean().item()
             if not error.isfinite().all():
                 raise BadCase(f"{n}: the reference or the yardstick is not finite")
             worst[n][0] = max(worst[n][0], error.max().item())
             worst[n][1] = max(worst[n][1], error.mean().item(), rounding)
+            worst[n][2] = max(worst[n][2], abs(_gain(signed, true[n])))
 
     budget = {}
     for n in names:
-        true, (yard_max, yard_mean) = reference[n], worst[n]
+        true, (yard_max, yard_mean, yard_gain) = reference[n], worst[n]
         largest, count = (true.abs().max().item(), true.numel()) if true.numel() else (0.0, 1)
-        noise, mean_noise = (
-            TINY32 + NOISE_ULPS[q.dtype] * EPS32 * t
-            for t in reference.get(f"{n}_terms", (0.0, 0.0))
-        )
+        noise, mean_noise = (TINY32 + t for t in reference["noise"].get(n, (0.0, 0.0)))
         max_budget = MAX_FACTOR[n] * yard_max + ULPS * ulp(largest, q.dtype) + noise
         guard = max_budget * math.sqrt(-math.log(CHANCE) / (2 * count))
         mean_budget = MEAN_FACTOR * yard_mean + guard + mean_noise
-        budget[n] = Budget(max_budget, min(max_budget, mean_budget))
+        mean_budget = min(max_budget, mean_budget)
+        rms = true.square().mean().sqrt().item() if true.numel() else 0.0
+        rows = max(1, min(q[..., 0].numel(), k[..., 0].numel()))
+        chance = 6 * mean_budget / (rms * math.sqrt(rows)) if rms else math.inf
+        gain_budget = MAX_FACTOR[n] * yard_gain + chance + 2 * EPS32
+        budget[n] = Budget(max_budget, mean_budget, gain_budget)
     if lse:
-        eager = compute(q, k, v, causal=causal, scale=scale, dtype=torch.float32)["lse"].double()
+        stored = torch.float32 if lse is True else lse
+        eager = compute(q, k, v, causal=causal, scale=scale, dtype=stored)["lse"].double()
         error = (eager - reference["lse"])[reference["lse"].isfinite()].abs()
         yard = (error.max().item(), error.mean().item()) if error.numel() else (0.0, 0.0)
         slack = LSE_ULPS * ulp(max(1.0, reference["logit"]), torch.float32)
-        budget["lse"] = Budget(MAX_FACTOR["lse"] * yard[0] + slack, MEAN_FACTOR * yard[1] + slack)
+        budget["lse"] = Budget(
+            MAX_FACTOR["lse"] * yard[0] + slack, MEAN_FACTOR * yard[1] + slack, math.inf
+        )
         names.append("lse")
     return Expectation({n: reference[n] for n in names}, budget, q.dtype)
 
@@ -287,16 +358,21 @@ def verdict(got, expectation):
             if signed.numel()
             else (0.0, 0.0, 0.0)
         )
-        over = max(max_error / budget.max, mean_error / budget.mean)
+        gain = _gain(signed, true)
+        over = max(max_error / budget.max, mean_error / budget.mean, abs(gain) / budget.gain)
         if not over <= math.inf or bad:
             over = math.inf
-        stats[name] = Stat(max_error, budget.max, mean_error, budget.mean, bias, over)
+        stats[name] = Stat(
+            max_error, budget.max, mean_error, budget.mean, bias, gain, budget.gain, over
+        )
         if bad:
             reasons.append(f"{name}: {bad} of {signed.numel()} numbers are not finite")
         elif not max_error <= budget.max:
             reasons.append(f"{name}: max error {max_error:.3g}, budget {budget.max:.3g}")
         elif not mean_error <= budget.mean:
             reasons.append(f"{name}: mean error {mean_error:.3g}, budget {budget.mean:.3g}")
+        elif not abs(gain) <= budget.gain:
+            reasons.append(f"{name}: gain {gain:+.3g}, budget {budget.gain:.3g}")
         worst = max(worst, over)
     return Verdict(not reasons, worst, stats, reasons)
 

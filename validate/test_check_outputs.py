@@ -1,0 +1,335 @@
+"""The validator as a command: what it prints, its exit codes, and that broken backends fail it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from flashstudy.backends import BACKENDS
+from flashstudy.validate import cases, check_outputs, faults
+from flashstudy.validate.check_outputs import Candidate
+
+SCRIPT = pathlib.Path(check_outputs.__file__).resolve()
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def command(*args, code=0):
+    """Run the script as a user would; its output."""
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *args], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+# ---- As a command --------------------------------------------------------------------------------
+
+
+def test_native_and_interpreted_backends_pass(tmp_path, monkeypatch):
+    """The whole path: TRITON_INTERPRET set by the script, workers, table, JSON."""
+    file = tmp_path / "out.jsonl"
+    out = command(
+        "--backends", "naive,v1_flash", "--device", "cpu", "--dtype", "fp16,bf16", "--jobs", "2",
+        "--quick", "--json", str(file),
+    )  # fmt: skip
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(r["backend"], r["dtype"]) for r in records} == {
+        ("naive", "fp16"), ("naive", "bf16"), ("v1_flash", "fp16"),
+    }  # fmt: skip
+    assert {r["status"] for r in records} <= {"ok", "refused"}
+    assert {r["family"] for r in records} == set(cases.FAMILIES) - {"size"}
+    assert all("lse" in r["stats"] for r in records if r["backend"] == "v1_flash" and r["stats"])
+    assert "v1_flash bf16: Triton's interpreter computes bfloat16 wrongly" in out
+    assert " 0 wrong" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith(("naive ", "v1_flash "))]
+    assert [row[:2] for row in rows[:3]] == [
+        ["naive", "fp16"],
+        ["naive", "bf16"],
+        ["v1_flash", "fp16"],
+    ]
+    worst = max(r["over"] for r in records if r["over"] is not None)
+    assert 0.1 < worst <= 1
+
+
+def test_self_test_passes():
+    out = command("--self-test", "--dtype", "bf16", "--device", "cpu")
+    assert "every broken backend was rejected" in out
+    assert "good bf16 nothing broken" in out
+    assert "BAD" not in out
+    assert out.count("good bf16") == 1 + sum(faults.shows_in(f, BF16) for f in faults.FAULTS)
+
+
+def test_list_runs_nothing():
+    out = command("--list", "--backends", "naive", "--quick", "--dtype", "fp32")
+    assert "naive fp32 shapes: B1 H1 N3x3 D64 causal" in out
+    assert "Error over budget" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--backends", "flash3"], "expected some of naive,"),
+        (["--backends", ""], "expected some of naive,"),
+        (["--dtype", "fp8"], "expected some of fp16,bf16,fp32, got 'fp8'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--jobs", "-1"], "expected a number of processes"),
+        (["--jobs", "two"], "expected a number of processes"),
+        (["--json", "/no/such/folder/out.jsonl"], "No such file or directory"),
+        (["--length", "5"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments_exit_2(args, text, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        check_outputs.main(args)
+    assert exit_.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_exits_2(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        check_outputs.main(["--device", "cuda"])
+    assert exit_.value.code == 2
+    assert "torch sees no CUDA GPU" in capsys.readouterr().err
+
+
+# ---- Exit codes ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run main over one backend of the table, made of this function; (exit code, output)."""
+
+    def run(attention, *args, name="naive"):
+        real = check_outputs.candidate(name)
+        monkeypatch.setattr(
+            check_outputs, "_candidate", lambda _: real._replace(attention=attention)
+        )
+        code = check_outputs.main(
+            [
+                "--backends",
+                name,
+                "--quick",
+                "--dtype",
+                "fp32",
+                "--device",
+                "cpu",
+                "--jobs",
+                "0",
+                *args,
+            ]
+        )
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_a_right_backend_exits_0(run):
+    code, out = run(faults.attention())
+    assert code == 0
+    assert " 0 wrong" in out
+    assert "FAIL" not in out
+
+
+@pytest.mark.parametrize("name", ["naive", "sdpa"])
+def test_a_wrong_number_exits_1_whoever_computes_it(run, name):
+    code, out = run(faults.attention("last row dropped"), name=name)
+    assert code == 1
+    assert "FAIL" in out
+    assert "Failures:" in out
+    assert "fail: o: max error" in out
+
+
+def test_a_library_may_refuse_and_this_project_may_not(run):
+    def picky(q, k, v, **options):
+        if q.shape[-1] == 40:
+            raise RuntimeError("head dim 40 is not supported")
+        return faults.attention()(q, k, v, **options)
+
+    code, out = run(picky, name="sdpa")
+    assert code == 0
+    assert "head dim 40 is not supported" in out
+    assert "Refused" in out
+    code, out = run(picky, name="naive")
+    assert code == 1
+    assert "fail: RuntimeError: head dim 40 is not supported" in out
+
+
+def test_refusing_everything_is_a_failure(run):
+    def never(q, k, v, **options):
+        raise RuntimeError("not today")
+
+    code, out = run(never, name="sdpa")
+    assert code == 1
+    assert "sdpa: refused every case" in out
+    assert "Nothing ran." in out
+
+
+def test_a_library_that_overwrites_its_inputs_fails(run):
+    code, out = run(faults.attention("inputs overwritten"), name="sdpa")
+    assert code == 1
+    assert "wrote into its input k" in out
+
+
+def test_what_cannot_run_here_is_named_and_exits_1(capsys):
+    name = next(n for n, row in BACKENDS.items() if row.cpu is None)
+    code = check_outputs.main(["--backends", name, "--device", "cpu", "--jobs", "0"])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert f"{name} fp16, bf16, fp32: needs a CUDA GPU" in out
+    assert "Nothing ran." in out
+    assert f"Asked for, but cannot run here: {name}" in out
+
+
+# ---- Properties ----------------------------------------------------------------------------------
+
+
+def _judge(fault, judge, **promises):
+    case = next(c for c in cases.every() if c.judge == judge and c.quick and not c.grad)
+    c = Candidate(fault, faults.attention(fault), True, **promises)
+    return check_outputs.judge(c, case, FP32, "cpu")
+
+
+BREAKS = {
+    "repeat": "not repeatable",
+    "independent": "heads mixed by 0",
+    "permuted-keys": "a ragged last key is dropped",
+    "future-nan-k": "mask added, not selected",
+    "future-nan-kv": "tiles past the diagonal are read",
+}
+
+
+@pytest.mark.parametrize("judge", BREAKS)
+def test_each_property_holds_and_is_missed_when_broken(judge):
+    promises = {"ours": True, "portable": True, "tiled": True}
+    assert _judge("", judge, **promises)["status"] == "ok"
+    record = _judge(BREAKS[judge], judge, **promises)
+    assert record["status"] == "fail"
+
+
+@pytest.mark.parametrize("judge", ["repeat", "future-nan-k", "future-nan-kv"])
+def test_what_was_not_promised_is_a_finding(judge):
+    record = _judge(BREAKS[judge], judge)
+    assert record["status"] == "ok"
+    assert record["findings"]
+
+
+def test_every_judge_is_used_and_known():
+    assert {c.judge for c in cases.every()} == set(check_outputs.PROPERTIES)
+
+
+def test_memory_is_poisoned_for_the_kernels():
+    """What a kernel forgets to write is NaN, not last call's right answer."""
+
+    def forgets(q, k, v, *, causal=False, scale=None, return_lse=False):
+        o, lse = faults.attention()(q, k, v, causal=causal, scale=scale, return_lse=True)
+        out = torch.empty(o.shape, dtype=o.dtype)
+        out[:, :, :-1] = o[:, :, :-1]
+        return out, lse
+
+    case = next(c for c in cases.every() if c.quick and c.n_q == 113 and not c.grad)
+    record = check_outputs.judge(Candidate("x", forgets, False, lse="fp32"), case, FP32, "cpu")
+    assert record["status"] == "fail"
+    assert "not finite" in record["reasons"][0]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ---- Workers -------------------------------------------------------------------------------------
+
+
+class FakeWorker(check_outputs.Worker):
+    """A worker whose process dies on one case and hangs on another."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.limit = check_outputs.CASE_SECONDS[device]
+
+    def give(self, task):
+        super().give(task)
+        if task[1].n_q == 2:
+            self.process.kill()
+
+
+def test_a_crash_costs_one_case(monkeypatch):
+    monkeypatch.setattr(check_outputs, "Worker", FakeWorker)
+    some = [c for c in cases.every() if c.family == "shapes" and c.n_q <= 3 and not c.grad]
+    seen = []
+    work = [[("naive", c, FP32) for c in some]]
+    records = check_outputs.run_in_workers(work, "cpu", 1, seen.append)
+    assert [r["case"] for r in records] == [c.name for c in some]
+    assert seen == records
+    crashed = {r["case"] for r in records if r["status"] == "crash"}
+    assert crashed == {c.name for c in some if c.n_q == 2}
+    assert all("died" in r["reasons"][0] for r in records if r["status"] == "crash")
+    assert check_outputs.report(records, [], 0.0) == 1
+
+
+def test_a_hang_costs_one_case(monkeypatch):
+    monkeypatch.setitem(check_outputs.CASE_SECONDS, "cpu", 0)
+    monkeypatch.setattr(check_outputs, "Worker", FakeWorker)  # without the allowance for imports
+    case = next(c for c in cases.every() if c.n_q == 1024)
+    records = check_outputs.run_in_workers([[("naive", case, FP32)]], "cpu", 1, lambda r: None)
+    assert [r["status"] for r in records] == ["crash"]
+    assert "no result after" in records[0]["reasons"][0]
+
+
+# ---- The grid ------------------------------------------------------------------------------------
+
+
+def test_names_of_cases_are_unique():
+    names = [c.name for c in cases.every()]
+    assert len(set(names)) == len(names)
+
+
+def test_inputs_are_the_same_every_time_and_finite():
+    for case in cases.every():
+        if case.heavy or case.b > 100 or case.n_q > 700:
+            continue
+        for dtype in case.dtypes:
+            first, again = (cases.inputs(case, dtype, "cpu") for _ in range(2))
+            for a, b in zip(first, again, strict=True):
+                if a is not None:
+                    assert a.dtype == dtype
+                    assert a.isfinite().all()
+                    assert torch.equal(a, b)
+
+
+def test_layouts_are_what_they_say():
+    def of(layout):
+        case = next(c for c in cases.every() if c.layout == layout and c.d in (40, 64))
+        return cases.inputs(case, FP16, "cpu")
+
+    q, k, v, _ = of("qkv")
+    assert (
+        q.untyped_storage().data_ptr()
+        == k.untyped_storage().data_ptr()
+        == v.untyped_storage().data_ptr()
+    )
+    _, k, v, _ = of("expanded")
+    assert k.stride(1) == v.stride(1) == 0
+    q, _, _, _ = of("padded")
+    assert q.stride(-2) * q.element_size() % 16
+    q, _, _, _ = of("offset")
+    assert q.storage_offset() == 1
+    _, k, _, _ = of("transposed-k")
+    assert k.stride(-1) != 1
+    q, _, _, _ = of("bnhd")
+    assert q.stride(1) < q.stride(2)
+
+
+def test_interpreted_and_quick_grids_are_parts_of_the_whole():
+    whole = cases.grid("v1_flash", "cuda", FP16, backward=True, interpreted=False)
+    small = cases.grid("v1_flash", "cpu", FP16, backward=True, interpreted=True)
+    quick = cases.grid("v1_flash", "cpu", FP16, backward=True, interpreted=True, quick=True)
+    assert set(quick) < set(small) < set(whole)
+    assert len(quick) > 40
+    assert {c.family for c in quick} == set(cases.FAMILIES) - {"size"}
+    assert not [
+        c for c in cases.grid("v1_flash", "cuda", FP16, backward=False, interpreted=False) if c.grad
+    ]
+    assert any(c.heavy for c in whole)
+    assert 10 < len(cases.grid("flex", "cuda", FP16, backward=True, interpreted=False)) < 30
