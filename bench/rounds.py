@@ -291,6 +291,8 @@ class Session:
                     self.report(f"{name}, {at} is over the error budget {reasons}")
             except Exception as e:
                 found = (*failure(e), None)
+            if found[0] != "ok":
+                recover(self.timer.device, f"{name}, {at}: {found[1]}")
             self.verdicts[name, at] = found
         return self.verdicts[name, at]
 
@@ -313,7 +315,6 @@ class Session:
             status, reason, it.over = self.verdict(name, cell)
             if status != "ok":
                 it.fail(status, reason)
-                recover(self.timer.device, f"{name}, {cell}: {reason}")
                 return it
         self.attempt(it, lambda: self.first_calls(it, cell))
         return it
@@ -352,6 +353,7 @@ class Session:
         left_out = []
         for name, cell in progress(pairs):
             if compiling is not None and name in helped:
+                self.report(f"waiting for {len(compiling.tasks)} compilations in other processes")
                 for hung, at, *_ in compiling.wait():
                     reason = f"at N={at.length}: did not return within {PATIENCE} s"
                     self.verdicts[hung, at] = ("failed", reason, None)
