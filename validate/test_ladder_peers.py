@@ -325,6 +325,45 @@ def test_what_never_returns_is_found_and_ended():
     assert rounds.Precompiler([(0,), (1,)], hang_on_two, start="fork").wait() == []
 
 
+def test_our_steps_wait_for_their_compilation_and_none_that_hangs_is_called(tame):
+    events = []
+    cell = grid.Cell("forward", 16, False, 32, 1, 2)
+    hung = ("v1_flash", cell, torch.bfloat16, 0)
+
+    class Compiling:
+        tasks = (hung,)
+
+        def wait(self):
+            events.append("wait")
+            return [hung]
+
+    def attention(name):
+        def call(q, k, v, *, causal=False, scale=None):
+            events.append(name)
+            return naive.attention(q, k, v, causal=causal, scale=scale)
+
+        return call
+
+    tame.setattr(rounds, "load", attention)
+    tame.setattr(rounds.Session, "precompile", lambda self: Compiling())
+    tame.setattr(rounds.Session, "inputs", lambda self, c: rounds.inputs(c, self.dtype, "cpu", 0))
+    tame.setattr(rounds, "matmul_closure", lambda *_: lambda: None)
+    tame.setattr(rounds, "recover", lambda *_: None)
+    names = ["v0_naive", "v1_flash", "flex", "sdpa-cudnn", "matmul"]
+    session = rounds.Session(
+        {cell: names}, FakeTimer(), torch.bfloat16, seconds=None, slot=1e-3, rounds=3, seed=0,
+        report=lambda line: None,
+    )  # fmt: skip
+    session.timer.device = "cuda"
+    session.set_up_all(lambda pairs: pairs)
+    assert "v1_flash" not in events
+    assert {"v0_naive", "flex", "sdpa-cudnn"} < set(events)
+    assert "sdpa-cudnn" not in events[events.index("wait") :]
+    assert not {"v0_naive", "flex"} & set(events[: events.index("wait")])
+    assert session.ready[cell, "v1_flash"].status == "failed"
+    assert "did not return" in session.ready[cell, "v1_flash"].reason
+
+
 # The programs
 
 
