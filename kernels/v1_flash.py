@@ -50,7 +50,7 @@ from . import _host
 # (num_stages > 1) takes tiles of at least 64 both ways: smaller products do not run on wgmma, and
 # Triton 3.6 lets a loop with both kinds of product overwrite a tile that one of them still reads.
 FORWARD = {
-    64: ((128, 64, 4, 3), (128, 64, 4, 3), (64, 32, 8, 1)),
+    64: ((128, 64, 4, 3), (128, 64, 4, 3), (32, 32, 8, 1)),
     128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
     256: ((128, 64, 8, 2), (64, 32, 8, 2), (16, 16, 4, 1)),
 }
