@@ -17,6 +17,7 @@ HEAD_DIMS = (64, 128, 256)
 TOKENS, HIDDEN = 16384, 2048
 MATMUL = "matmul"  # the 8192³ matrix product, on record beside the backends
 DIRECTIONS = ("forward", "backward")
+STUDIES = ("ladder", "peers")  # the records that this module reads, by their field `study`
 
 
 class Cell(NamedTuple):
@@ -77,6 +78,21 @@ def newest(rows):
 
 def environment(row):
     return tuple(row.get(k) for k in records.ENVIRONMENT)
+
+
+def kept(rows):
+    """Of the ladder's and the peers' rows those that tables and pictures show."""
+    rows = newest(rows)
+    names = [*records.table(), MATMUL]
+    return [
+        row
+        for study in dict.fromkeys(r["study"] for r in rows)
+        for dtype, metric in dict.fromkeys((r["dtype"], r["metric"]) for r in rows)
+        for of_cell in by_cell(
+            [r for r in rows if r["study"] == study], names, dtype, metric
+        ).values()
+        for row in of_cell.values()
+    ]
 
 
 def provenance(row):

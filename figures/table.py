@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from flashstudy.figures import answers, records, style
+from flashstudy.figures import answers, grid, records, style
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "figures" / "reference"
@@ -21,6 +21,9 @@ MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTAL
 COMMANDS = {
     "seqlen": "python bench/seqlen.py",
     "mixed": "python bench/seqlen.py --protocol mixed",
+    "ladder": "python bench/ladder.py",
+    "peers": "python bench/peers.py",
+    "small": "python bench/ladder.py --small-calls",
 }
 
 
@@ -105,6 +108,50 @@ def mixed():
     return text.rstrip("\n") + "\n"
 
 
+def gridded(study, **wanted):
+    """({cell: rows}, backends that ran) of a reference file, the cells' fields as asked."""
+    path = REFERENCE / f"{study}.jsonl"
+    try:
+        rows = grid.newest(records.read(path))
+    except (OSError, records.RecordError) as e:
+        raise TableError(f"{path}: {e}") from None
+    found = grid.by_cell(rows, [*records.table(), grid.MATMUL])
+    found = {c: f for c, f in found.items() if all(getattr(c, k) == v for k, v in wanted.items())}
+    ran = {n for of_cell in found.values() for n, r in of_cell.items() if r["status"] == "ok"}
+    if not ran:
+        raise TableError(f"{path}: no cell with {wanted}")
+    return found, [n for n in records.table() if n in ran]
+
+
+def grid_caption(found, command):
+    row = max((r for of_cell in found.values() for r in of_cell.values()), key=lambda r: r["utc"])
+    return f"\n<sub>{row['dtype']}. {grid.provenance(row)}. `{COMMANDS[command]}`</sub>\n"
+
+
+def of_grid(study, direction):
+    """TFLOP/s of a direction over the grid, its cells one below the other."""
+    found, names = gridded(study, direction=direction)
+    made = {"peers": grid.peers_table, "ladder": grid.ladder_table}[study]
+    says = {"peers": grid.peers_verdicts, "ladder": grid.ladder_gains}[study]
+    header, rows = made(found, names)
+    text = markdown(header[1:], [row[1:] for row in rows])  # the direction is the same everywhere
+    said = "".join(f"- {sentence}\n" for sentence in says(found, names))
+    return f"{text}\n{said}{grid_caption(found, study)}"
+
+
+def small_calls():
+    path = REFERENCE / "ladder.jsonl"
+    try:
+        rows = grid.newest(records.read(path))
+    except (OSError, records.RecordError) as e:
+        raise TableError(f"{path}: {e}") from None
+    names = {r["backend"] for r in rows if r["metric"] == "graph_ms" and r["status"] == "ok"}
+    if not names:
+        raise TableError(f"{path}: no small calls")
+    header, lines, found = grid.small_table(rows, [n for n in records.table() if n in names])
+    return markdown(header, lines) + grid_caption(found, "small")
+
+
 def capabilities():
     """The table of backends as a reader wants it."""
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -121,6 +168,13 @@ def capabilities():
     return markdown(header, rows)
 
 
+GRID_TABLES = {
+    "ladder-forward": lambda: of_grid("ladder", "forward"),
+    "ladder-backward": lambda: of_grid("ladder", "backward"),
+    "peers-forward": lambda: of_grid("peers", "forward"),
+    "peers-backward": lambda: of_grid("peers", "backward"),
+    "small-calls": small_calls,
+}
 TABLES = {
     "answer": answer,
     "backends": capabilities,
@@ -132,7 +186,7 @@ TABLES = {
     "crossover-attention": lambda: crossovers("attention"),
     "memory-fit": memory_fit,
     "mixed": mixed,
-}
+} | GRID_TABLES
 
 
 def filled(text):

@@ -2,9 +2,9 @@
 
     python figures/trim.py results/seqlen-nvidia-h200.jsonl figures/reference/seqlen.jsonl
 
-Keeps the rows of complete cells (one of each) and of the machine's state, and writes fields that
-several rows in turn share as {"defaults": …}. Numbers keep six digits. Reading the result gives the
-same tables and charts.
+Keeps the rows of complete cells (one of each; of the ladder and the peers those of one run a cell)
+and of the machine's state, and writes fields that several rows in turn share as {"defaults": …}.
+Numbers keep six digits. Reading the result gives the same tables and charts.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from flashstudy.figures import records
+from flashstudy.figures import grid, records
 
 OWN = {"metric", "unit", "value", "p50", "p20", "p80", "samples", "status", "reason", "when"}
 OWN |= {
@@ -26,6 +26,9 @@ OWN |= {
     "N_K",
     "utc",
     "source",
+    "flops",
+    "turns",
+    "error_over_budget",
 }
 
 
@@ -35,8 +38,11 @@ def digits(value):
 
 def trim(rows):
     """The lines of the shortened file."""
+    gridded = [r for r in rows if r.get("study") in grid.STUDIES]
+    rows = [r for r in rows if r.get("study") not in grid.STUDIES]
     kept = [r for cell in records.gather(rows).values() for r in cell.values()]
     kept += [r for r in rows if "backend" not in r]
+    kept += grid.kept(gridded)
     kept.sort(key=lambda r: ("backend" not in r, str([r.get(k) for k in sorted(set(r) - OWN)])))
 
     def shared(row):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flashstudy.backends import BACKENDS, naive
 from flashstudy.bench import cells, common, ladder, peers, rounds
-from flashstudy.figures import grid, records
+from flashstudy.figures import grid, records, table, trim
 from flashstudy.figures import ladder as ladder_figure
 from flashstudy.figures import peers as peers_figure
 
@@ -641,6 +641,38 @@ def test_pictures_of_nothing_are_refused(program, tmp_path, capsys):
             program.main([str(path), "--out", str(tmp_path)])
         assert stop.value.code == 2
         assert "argument records:" in capsys.readouterr().err
+
+
+def test_readme_tables_come_from_trimmed_records(tmp_path, monkeypatch):
+    speeds = {"sdpa-cudnn": 500.0, "v0_naive": 50.0, "v1_flash": 540.0}
+    for study in grid.STUDIES:
+        old = synthetic(study, speeds, (512,), lambda cell, name: 1.0)
+        rows = [r | {"run": "0"} for r in old]
+        rows += synthetic(study, speeds, (512, 4096), lambda cell, name: speeds[name])
+        rows += [
+            row(ladder.small_plan([]).popitem()[0], n, metric=m, study=study) | {"p50": 0.0123}
+            for n in speeds
+            for m in ("host_ms", "graph_ms")
+        ]
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+        (tmp_path / "full.jsonl").write_text(text)
+        short = tmp_path / f"{study}.jsonl"
+        assert trim.main([str(tmp_path / "full.jsonl"), str(short)]) == 0
+        assert len(short.read_text()) < len(text) / 2
+        names = [*speeds, grid.MATMUL]
+        assert grid.digest(grid.by_cell(records.read(short), names)) == grid.digest(
+            grid.by_cell(rows, names)
+        )
+    monkeypatch.setattr(table, "REFERENCE", tmp_path)
+    text = table.TABLES["peers-forward"]()
+    assert "| full | 64 | 512 | 50 | 540 | 500 * | 700 | 0.10 | 1.08 |" in text
+    assert "geometric mean 1.080 of the best peer over 8 cells" in text
+    assert "`python bench/peers.py`" in text
+    assert "×10.80" in table.TABLES["ladder-backward"]()
+    assert "| v1 flash | 12.3 | 12.3 |" in table.TABLES["small-calls"]()
+    (tmp_path / "peers.jsonl").unlink()
+    with pytest.raises(table.TableError, match=r"peers.jsonl"):
+        table.TABLES["peers-forward"]()
 
 
 def test_tables_mark_the_best_peer_and_what_is_missing():
