@@ -5,6 +5,7 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 MASKS = ("full", "causal")
+READ_EVERY = 10  # seconds
 
 
 # Records
@@ -216,12 +218,18 @@ class Provenance:
             "run": common.utc(),
             "command": shlex.join(["python", *arguments]),
         }
-        self.state = common.gpu_state(self.device)
+        self.before = self.after = common.gpu_state(self.device)
+        self.read = time.monotonic()
 
     def stamp(self):
-        """The fields, with the GPU's state before (that is, after the last stamp) and after."""
-        before, self.state = self.state, common.gpu_state(self.device)
-        now = {"utc": common.utc(), "gpu_before": before, "gpu_after": self.state}
+        """The fields, with the GPU's clocks, power and temperature at the last two readings.
+
+        They are READ_EVERY seconds apart: nvidia-smi takes a good part of a second on some machines.
+        """
+        if time.monotonic() - self.read > READ_EVERY:
+            self.before, self.after = self.after, common.gpu_state(self.device)
+            self.read = time.monotonic()
+        now = {"utc": common.utc(), "gpu_before": self.before, "gpu_after": self.after}
         return self.about | self.run | now
 
 
