@@ -24,10 +24,12 @@ class Backend(NamedTuple):
     dtypes: tuple = (FP16, BF16, FP32)  # on a GPU
     backward: bool = True
     cpu: str | None = None  # "native", "interpreter" (Triton's), or None: cannot run there
+    needs: str | None = None  # "module:function" of ours: the reason why not on a device, or None
 
 
 HALF = (FP16, BF16)
 FA2, FA4 = "flash_attn.flash_attn_interface", "flash_attn.cute.interface"
+HOPPER = "kernels._gluon:why_not"
 BACKENDS = {
     "naive": Backend("Naive", "standard", "backends.naive:attention", cpu="native"),
     "sdpa": Backend("SDPA", "auto", "backends.torch_sdpa:sdpa", cpu="native"),
@@ -40,6 +42,9 @@ BACKENDS = {
     "flash-attn-4": Backend("flash-attn 4", "flash", "backends.flash_attn:flash_attn_4", FA4, (8, 0), HALF),
     "v0_naive": Backend("v0 naive", "standard", "kernels.v0_naive:attention", None, (8, 0), cpu="interpreter"),
     "v1_flash": Backend("v1 flash", "flash", "kernels.v1_flash:attention", None, (8, 0), cpu="interpreter"),
+    "v5_warp_specialized": Backend("v5 warp-specialised", "flash", "kernels.v5_warp_specialized:attention", None, (9, 0), HALF, False, needs=HOPPER),
+    "v6_pingpong": Backend("v6 ping-pong", "flash", "kernels.v6_pingpong:attention", None, (9, 0), HALF, False, needs=HOPPER),
+    "v7_persistent": Backend("v7 persistent", "flash", "kernels.v7_persistent:attention", None, (9, 0), HALF, False, needs=HOPPER),
 }  # fmt: skip
 
 
@@ -64,6 +69,8 @@ def why_not(name, device="cuda", dtype=None, backward=False):
         return "needs compute capability {}.{}, this GPU has {}.{}".format(*row.capability, *have)
     elif dtype is not None and dtype not in row.dtypes:
         return f"does not take {str(dtype).removeprefix('torch.')}"
+    elif row.needs is not None and (reason := _function(row.needs)(device)) is not None:
+        return reason
     if row.package is not None:
         try:
             importlib.import_module(row.package)
@@ -74,5 +81,9 @@ def why_not(name, device="cuda", dtype=None, backward=False):
 
 def load(name):
     """The attention function of backend `name`. Never falls back to another one."""
-    module, function = BACKENDS[name].target.split(":")
+    return _function(BACKENDS[name].target)
+
+
+def _function(target):
+    module, function = target.split(":")
     return getattr(importlib.import_module(f"flashstudy.{module}"), function)

@@ -10,6 +10,8 @@ new Triton breaks one place. Compiled for sm_90 with Triton 3.6.0 and 3.9.0; run
 
 import functools
 
+import torch
+
 from . import _host
 
 try:
@@ -31,6 +33,7 @@ __all__ = [
     "barrier_sync",
     "check",
     "descriptor",
+    "multiprocessors",
     "strides",
     "tma_load",
     "tma_reduce_add",
@@ -56,6 +59,14 @@ def why_not(device=None):
 # -- Host: checks and tensor descriptors ---------------------------------------------------------
 
 
+@functools.cache
+def multiprocessors(device):
+    """Of a GPU; of an H200 where there is none to ask, for compiling without one."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def check(q, k, v, scale=None):
     """_host.check, and half precision and a head dim divisible by 8 on top; returns the scale."""
     if q.device.type != "cuda":  # also under TRITON_INTERPRET=1: Gluon has no interpreter
@@ -73,7 +84,7 @@ def strides(name, t):
 
     Raises ValueError where they are not; t.contiguous() is.
     """
-    b, h, n, d = t.stride()
+    b, h, n, _ = t.stride()
     if (t.data_ptr() | (b | h | n) << 1) & 15:  # << 1: two bytes an element
         b, h, n = (8 if size == 1 else x for size, x in zip(t.shape, (b, h, n), strict=False))
         if (t.data_ptr() | (b | h | n) << 1) & 15:

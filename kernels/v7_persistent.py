@@ -1,0 +1,615 @@
+"""Hopper, third step: programs stay on their multiprocessor and draw tiles.
+
+A program of `v6_pingpong` computes one tile of queries and ends. Shared memory and registers leave
+room for one program a multiprocessor, so nothing covers its start (barriers, registers, the first
+loads) and its end (the last product, O on its way out). At N = 512, where a tile has 4 tiles of
+keys, that is a quarter of the time. Here 132 programs are launched, one a multiprocessor, and each
+works through many tiles:
+
+    producer    │ Q K V of tile a ··········│ Q K V of tile b ·········│ …
+    consumer 0  │ wait │ a a a a a a │ O │ b b b b b b b │ O │ c …         O: normalise and store
+    consumer 1  │  wait  │ a a a a a a │ O │ b b b b b b b │ O │ c …
+
+The producer does not wait for an end: while the consumers store O, the next Q and the first K and V
+are on their way, Q into a second buffer (Q_STAGES; at D=256 there is no room for one). The two
+consumers reach their ends at different moments, so the tensor cores have work meanwhile.
+
+**Who gets which tile.** Without causal all tiles cost the same, and they are dealt: 132 in a turn,
+back and forth. With it the longest costs N_K / BLOCK_N times the shortest. With few tiles a head,
+the turn back gives the short ones to who has had the long ones; with many, any fixed deal leaves
+some multiprocessors idle. So programs draw: a counter in device memory, one atomic addition a tile.
+(The counter must be zeroed, a launch of its own: too dear where a deal will do.) The producer
+draws, when it has asked for all loads of its current tile, and leaves the number in shared memory
+for the consumers.
+
+**In which order.** Long tiles first, so that the last to be drawn are short and all programs end at
+about the same time: the rule of longest processing time first. But K and V should stay in L2, and a
+tile of the last queries of *every* head in turn touches them all. So heads go in sections whose K
+and V fill about 32 MiB of the 50 MiB of L2, and the order is longest first within a section.
+
+**Grouped heads.** With few queries a tile would be mostly empty, while GROUP query heads read the
+same K and V. They are packed into the tile: row r holds query r // PACK of head r % PACK, and a
+tensor descriptor of five dims, (B, H / PACK, N_Q, PACK, D), lets TMA do the shuffle for Q and O. A
+row's mask looks at its query. Used where it makes fewer tiles.
+
+**Empty without an mbarrier.** "K is read" comes as a named barrier on which consumers arrive and
+only the producer waits. To arrive on an mbarrier Triton first gathers the threads of the partition;
+to arrive on a named barrier each warp goes on at once.
+
+At D=64 three consumers share a tile of 192 queries: a product is over sooner there and two
+softmaxes must lie under it. Short sequences fill the larger tile badly, and on the diagonal it
+masks more: two consumers there.
+
+Protocol, beside what `v5_warp_specialized` explains of rings and phases:
+- Every counter of a ring (i over tiles of keys, turn over tiles of queries) runs on over all tiles
+  of a program; it is never set back, or the phases would go wrong.
+- A consumer arrives on `empty` of a stage once a use; the producer waits once for each use after
+  the first. The last arrivals are never waited for: the program ends with them.
+- The sentinel, a tile number past the end, is published like a tile: consumers and producer stop at
+  the same turn.
+- O is staged in the consumer's own Q: overwritten after its last QKᵀ, given back when TMA has read.
+- Only consumers of one program take turns. All make the tile's number of steps.
+
+Limits and maths as in `v6_pingpong`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from . import _gluon, _host
+from ._gluon import (
+    aggregate,
+    barrier_arrive,
+    barrier_sync,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+)
+
+ROWS = 64  # rows of a consumer: the M of a wgmma
+DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
+SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
+MAX_PACK = 64
+
+
+class Config(NamedTuple):
+    head_dim: int  # of the tile: the tensor's, or more, filled with zeros
+    block_n: int  # keys a tile
+    consumers: int  # warpgroups of ROWS queries
+    q_stages: int  # buffers of Q
+    pingpong: bool  # the consumers take turns
+    registers: tuple[int, int]  # a thread: consumer, producer
+
+
+# By head dim of the tile. K and V have two buffers each, and with those of Q fill up to 227 KiB;
+# registers add up to 65,536 for all threads.
+CONFIGS = {
+    64: Config(64, 128, 2, 2, True, (240, 24)),
+    128: Config(128, 128, 2, 2, True, (240, 24)),
+    256: Config(256, 64, 2, 1, False, (240, 24)),
+}
+LONG_64 = Config(64, 128, 3, 2, True, (160, 32))
+LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers are ahead
+
+
+def _config(head_dim, causal, n_k):
+    if head_dim <= 64 and n_k >= LONG[causal]:
+        return LONG_64
+    return CONFIGS[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
+
+
+@aggregate
+class Work:
+    """What every partition gets: tensors, buffers, barriers, sizes."""
+
+    q_desc: tma.tensor_descriptor  # (B, H / PACK, N_Q, PACK, D), as o_desc
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    o_desc: tma.tensor_descriptor
+    lse_ptr: gl.tensor
+    drawn_ptr: gl.tensor  # DRAW: how many tiles have been drawn
+    q_bufs: gl.shared_memory_descriptor  # [Q_STAGES · CONSUMERS, 1, 1, ROWS / PACK, PACK, HEAD_DIM]
+    k_bufs: gl.shared_memory_descriptor  # [STAGES, 1, 1, BLOCK_N, HEAD_DIM]
+    v_bufs: gl.shared_memory_descriptor  # likewise
+    tile_bufs: gl.shared_memory_descriptor  # [2, 1]: tile numbers
+    q_ready: gl.shared_memory_descriptor  # barriers, one a buffer
+    q_empty: gl.shared_memory_descriptor
+    k_ready: gl.shared_memory_descriptor
+    v_ready: gl.shared_memory_descriptor
+    tile_ready: gl.shared_memory_descriptor
+    tile_empty: gl.shared_memory_descriptor
+    scale_log2: gl.tensor
+    H: gl.tensor  # heads of q_desc
+    GROUP: gl.tensor  # of them to one head of K
+    N_Q: gl.tensor
+    N_K: gl.tensor
+    diagonal: gl.tensor  # keys that query 0 sees, causal: N_K - N_Q + 1, may be negative
+    tiles: gl.tensor  # of queries: all of them
+    tiles_m: gl.tensor  # those of a head
+    tiles_n: gl.tensor  # of keys
+    full_n: gl.tensor  # those that no key is missing from
+    heads: gl.tensor  # heads of all batches
+    section: gl.tensor  # heads whose tiles are neighbours
+    CONSUMERS: gl.constexpr
+    CAUSAL: gl.constexpr
+    DRAW: gl.constexpr
+    PINGPONG: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, q_bufs, k_bufs, v_bufs, tile_bufs,
+        q_ready, q_empty, k_ready, v_ready, tile_ready, tile_empty, scale_log2, H, GROUP, N_Q,
+        N_K, diagonal, tiles, tiles_m, tiles_n, full_n, heads, section, CONSUMERS, CAUSAL, DRAW,
+        PINGPONG,
+    ):  # fmt: skip
+        self.q_desc, self.k_desc, self.v_desc, self.o_desc = q_desc, k_desc, v_desc, o_desc
+        self.lse_ptr, self.drawn_ptr = lse_ptr, drawn_ptr
+        self.q_bufs, self.k_bufs, self.v_bufs = q_bufs, k_bufs, v_bufs
+        self.tile_bufs, self.tile_ready, self.tile_empty = tile_bufs, tile_ready, tile_empty
+        self.q_ready, self.q_empty, self.k_ready, self.v_ready = q_ready, q_empty, k_ready, v_ready
+        self.scale_log2 = scale_log2
+        self.H, self.GROUP, self.N_Q, self.N_K = H, GROUP, N_Q, N_K
+        self.diagonal, self.tiles, self.tiles_m, self.tiles_n = diagonal, tiles, tiles_m, tiles_n
+        self.full_n, self.heads, self.section = full_n, heads, section
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
+        self.CAUSAL, self.DRAW = gl.constexpr(CAUSAL), gl.constexpr(DRAW)
+        self.PINGPONG = gl.constexpr(PINGPONG)
+
+
+@gluon.jit
+def _tile(w, tile):
+    """Which tile that is: batch, head, first row, tiles of keys, how many of them masked."""
+    PACK: gl.constexpr = w.q_bufs.shape[4]
+    ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
+    BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
+    first_bh = tile // (w.section * w.tiles_m) * w.section
+    heads = gl.minimum(w.section, w.heads - first_bh)  # in this section: the last may be smaller
+    rank = tile % (w.section * w.tiles_m)
+    bh = first_bh + rank % heads
+    pid_m = rank // heads
+    if w.CAUSAL:  # longest first
+        pid_m = w.tiles_m - 1 - pid_m
+    start_m = pid_m * (w.CONSUMERS * ROWS)
+
+    n_tiles = w.tiles_n
+    n_full = w.full_n
+    if w.CAUSAL:
+        # Keys that the first row sees, and the last.
+        first = start_m // PACK + w.diagonal
+        last = first + (w.CONSUMERS * ROWS // PACK - 1)
+        n_tiles = gl.minimum(n_tiles, gl.cdiv(gl.maximum(last, 0), BLOCK_N))
+        n_full = gl.minimum(n_full, gl.maximum(first, 0) // BLOCK_N)
+    n_tiles = gl.maximum(n_tiles, 1)  # all rows empty: one tile, all of it masked
+    return bh // w.H, bh % w.H, start_m, n_tiles, n_tiles - n_full
+
+
+@gluon.jit
+def _uniform(x):
+    """Lane 0's value in all lanes: they are equal, but now ptxas knows and keeps loops uniform.
+
+    Without, addresses and loop counters that depend on x move from uniform to vector registers,
+    and the main loop moves them back for every wgmma.
+    """
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;",
+        "=r,r",
+        [x],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+# "Empty" of K and V, one named barrier a stage: the consumers' threads and the producer's warp.
+
+
+@gluon.jit
+def _k_empty(stage):
+    return 11 + stage
+
+
+@gluon.jit
+def _v_empty(stage):
+    return 9 + stage
+
+
+@gluon.jit
+def _producer(w):
+    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
+    PACK: gl.constexpr = w.q_bufs.shape[4]
+    ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
+    Q_STAGES: gl.constexpr = w.q_bufs.shape[0] // w.CONSUMERS
+    THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
+    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+
+    tile = gl.program_id(0)
+    turn = 0
+    i = 0
+    while tile >= 0:
+        mbarrier.wait(w.tile_empty.index(turn % 2), turn // 2 & 1 ^ 1)
+        w.tile_bufs.index(turn % 2).store(gl.full([1], tile, gl.int32, scalar))
+        mbarrier.arrive(w.tile_ready.index(turn % 2), count=1)
+
+        if tile >= w.tiles:  # the consumers have been told: stop
+            tile = -1
+        else:
+            b, h, start_m, n_tiles, _ = _tile(w, tile)
+            q_stage = turn % Q_STAGES * w.CONSUMERS
+            for c in gl.static_range(w.CONSUMERS):
+                q_ready = w.q_ready.index(q_stage + c)
+                start_query = (start_m + c * ROWS) // PACK
+                mbarrier.wait(w.q_empty.index(q_stage + c), turn // Q_STAGES & 1 ^ 1)
+                mbarrier.expect(q_ready, w.q_desc.block_type.nbytes)
+                tma_load(w.q_desc, [b, h, start_query, 0, 0], q_ready, w.q_bufs.index(q_stage + c))
+
+            h_kv = h // w.GROUP
+            for j in range(n_tiles):
+                stage = i % STAGES
+                start_n = (n_tiles - 1 - j) * BLOCK_N
+                k_ready, v_ready = w.k_ready.index(stage), w.v_ready.index(stage)
+                if i >= STAGES:
+                    barrier_sync(_k_empty(stage), THREADS)
+                mbarrier.expect(k_ready, w.k_desc.block_type.nbytes)
+                tma_load(w.k_desc, [b, h_kv, start_n, 0], k_ready, w.k_bufs.index(stage))
+                if i >= STAGES:
+                    barrier_sync(_v_empty(stage), THREADS)
+                mbarrier.expect(v_ready, w.v_desc.block_type.nbytes)
+                tma_load(w.v_desc, [b, h_kv, start_n, 0], v_ready, w.v_bufs.index(stage))
+                i += 1
+
+            # Last, so that its round trip to L2 hides behind the tiles in the ring.
+            if w.DRAW:
+                drawn = gl.atomic_add(w.drawn_ptr, 1, sem="relaxed")
+                tile = gl.num_programs(0) + _uniform(drawn)
+            else:  # position p of one turn is position G - 1 - p of the next
+                tile = (turn + 1) * 2 * gl.num_programs(0) - 1 - tile
+        turn += 1
+
+
+@gluon.jit
+def _mask(s, visible):
+    """-inf where a row does not see a key; visible [ROWS]: how many keys of this tile it sees.
+
+    A thread holds columns 8j + {0, 1} + 2 · (its lane % 4) of its rows. Written as 8j + {0, 1} <
+    visible - 2 · (lane % 4), the left side is a constant for each register and needs none itself.
+    """
+    offs_n = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    bound = gl.expand_dims(visible, 1) - gl.expand_dims(offs_n & 6, 0)
+    return gl.where(gl.expand_dims(offs_n & ~6, 0) < bound, s, float("-inf"))
+
+
+@gluon.jit
+def _lane_sums(p):
+    """[ROWS, BLOCK_N] -> [ROWS, 4]: sum what each of the 4 lanes of a row holds, no shuffles."""
+    parts = gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2])  # columns 8j + 2 · lane + {0, 1}
+    return gl.sum(gl.sum(parts, 3), 1)
+
+
+@gluon.jit
+def _softmax(w, s, m_i, l_i, MASKED: gl.constexpr):
+    """Online softmax of a tile (algorithm 1 of FlashAttention-2, line 9): p, alpha, m_i, l_i."""
+    m_new = gl.maximum(m_i, gl.max(s, 1))
+    m_log2 = m_new * w.scale_log2
+    if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
+        m_log2 = gl.where(m_new == float("-inf"), 0.0, m_log2)
+    alpha = gl.exp2(m_i * w.scale_log2 - m_log2)
+    p = gl.exp2(s * w.scale_log2 - gl.expand_dims(m_log2, 1))  # [ROWS, BLOCK_N]
+    sums = _lane_sums(p)
+    l_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    l_i = l_i * gl.expand_dims(gl.convert_layout(alpha, l_rows), 1) + sums  # [ROWS, 4]
+    return p, alpha, m_new, l_i
+
+
+@gluon.jit
+def _operand(p, dtype: gl.constexpr, o_layout: gl.constexpr):
+    """P as the A operand of PV: the same registers under another name, no data moves."""
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+
+
+@gluon.jit
+def _packed(p):
+    """Keep pairs of half-precision values in one register across a loop's edge.
+
+    LLVM would carry them apart and pack them anew in every iteration, 32 instructions of 450.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def _here(x):
+    """x, and what follows from it is computed here and not before.
+
+    LLVM would do in front of the loop, or even of the partitions, what is the same in every tile,
+    and keep it in registers that are not there: without causal the bits of 64 comparisons.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _take_turn(WHICH: gl.constexpr):
+    barrier_sync(13 + WHICH, 256)
+
+
+@gluon.jit
+def _give_turn(WHICH: gl.constexpr):
+    barrier_arrive(13 + WHICH, 256)
+
+
+@gluon.jit
+def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MASKED: gl.constexpr):
+    """Scores and softmax of the i-th tile, and P V of the tile before."""
+    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
+    HEAD_DIM: gl.constexpr = w.k_bufs.shape[4]
+    THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
+    o_layout: gl.constexpr = acc.type.layout
+    k_stage = i % STAGES
+    v_stage = (i - 1) % STAGES
+    k_smem = w.k_bufs.index(k_stage).reshape([BLOCK_N, HEAD_DIM])
+    v_smem = w.v_bufs.index(v_stage).reshape([BLOCK_N, HEAD_DIM])
+
+    mbarrier.wait(w.k_ready.index(k_stage), i // STAGES & 1)
+    if w.PINGPONG:
+        _take_turn(WHICH)
+    s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(w.v_ready.index(v_stage), (i - 1) // STAGES & 1)
+    acc = warpgroup_mma(p, v_smem, acc, is_async=True)
+    if w.PINGPONG:
+        _give_turn((WHICH + 1) % w.CONSUMERS)
+
+    s = warpgroup_mma_wait(1, [s])  # [ROWS, BLOCK_N]
+    barrier_arrive(_k_empty(k_stage), THREADS)
+    if MASKED:
+        s = _mask(s, visible)
+    p_next, alpha, m_i, l_i = _softmax(w, s, m_i, l_i, MASKED)
+
+    # p among what is waited for: its registers are read until PV has finished.
+    acc = warpgroup_mma_wait(0, [acc, p])[0]
+    barrier_arrive(_v_empty(v_stage), THREADS)
+    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
+    return acc, _operand(p_next, w.v_desc.dtype, o_layout), m_i, l_i
+
+
+@gluon.jit
+def _next_tile(w, turn):
+    """The tile of this turn, from the producer."""
+    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(w.tile_ready.index(turn % 2), turn // 2 & 1)
+    tile = _uniform(gl.max(w.tile_bufs.index(turn % 2).load(scalar), 0))
+    mbarrier.arrive(w.tile_empty.index(turn % 2), count=1)
+    return tile
+
+
+@gluon.jit
+def _consumer(w, WHICH: gl.constexpr):
+    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
+    PACK: gl.constexpr = w.q_bufs.shape[4]
+    ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
+    HEAD_DIM: gl.constexpr = w.q_bufs.shape[5]
+    Q_STAGES: gl.constexpr = w.q_bufs.shape[0] // w.CONSUMERS
+    THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)  # a name only: use_acc=False reads none
+    if w.PINGPONG and WHICH == w.CONSUMERS - 1:
+        _give_turn(0)
+
+    turn = 0
+    i = 0
+    tile = _next_tile(w, turn)
+    while tile < w.tiles:
+        b, h, start_m, n_tiles, n_masked = _tile(w, tile)
+        start_m += WHICH * ROWS
+        # Keys that a row sees, counted from the first of the rightmost tile on. Causal: query i sees
+        # those up to i + N_K - N_Q. (Rows past N_Q may see past N_K: zeros, and nobody reads them.)
+        if w.CAUSAL:
+            first = _here(start_m // PACK + w.diagonal - (n_tiles - 1) * BLOCK_N)
+            visible = gl.arange(0, ROWS, layout=rows) // PACK + first
+        else:
+            visible = gl.full([ROWS], w.N_K - (n_tiles - 1) * BLOCK_N, gl.int32, rows)
+
+        # The rightmost tile has no P V of a tile before it.
+        q_stage = turn % Q_STAGES * w.CONSUMERS + WHICH
+        q_smem = w.q_bufs.index(q_stage).reshape([ROWS, HEAD_DIM])
+        mbarrier.wait(w.q_ready.index(q_stage), turn // Q_STAGES & 1)
+        mbarrier.wait(w.k_ready.index(i % STAGES), i // STAGES & 1)
+        k_smem = w.k_bufs.index(i % STAGES).reshape([BLOCK_N, HEAD_DIM])
+        s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, [s])
+        barrier_arrive(_k_empty(i % STAGES), THREADS)
+        if n_masked > 0:
+            s = _mask(s, _here(visible))
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, rows)
+        l_i = gl.zeros_like(_lane_sums(zero))
+        p, _, m_i, l_i = _softmax(w, s, m_i, l_i, MASKED=True)
+        p = _packed(_operand(p, w.v_desc.dtype, o_layout))
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
+        i += 1
+
+        if w.CAUSAL:
+            for _ in range(1, n_masked):
+                visible += BLOCK_N
+                acc, p, m_i, l_i = _step(
+                    w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=True
+                )
+                i += 1
+            p = _packed(p)
+        # Without causal only the rightmost tile, the end of the keys, can need a mask.
+        for _ in range(gl.maximum(n_masked, 1), n_tiles):
+            acc, p, m_i, l_i = _step(
+                w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=False
+            )
+            i += 1
+
+        # P V of the leftmost tile.
+        stage = (i - 1) % STAGES
+        mbarrier.wait(w.v_ready.index(stage), (i - 1) // STAGES & 1)
+        v_smem = w.v_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
+        acc = warpgroup_mma(p, v_smem, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc, p])[0]
+        barrier_arrive(_v_empty(stage), THREADS)
+
+        # Rows that saw no key have l = 0 and m = -inf: they give 0, and lse -inf.
+        l_sum = gl.convert_layout(gl.sum(l_i, 1), rows)
+        inverse = gl.where(l_sum == 0.0, 0.0, 1.0 / l_sum)
+        o = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
+        q_smem.store(o.to(w.o_desc.dtype))
+        fence_async_shared()  # written by threads, read by TMA: another path to the same memory
+        tma_store(w.o_desc, [b, h, start_m // PACK, 0, 0], w.q_bufs.index(q_stage))
+
+        lse = (m_i * w.scale_log2 + gl.log2(l_sum)) * 0.6931471805599453  # ln 2: the natural one
+        offs_r = _here(start_m) + gl.arange(0, ROWS, layout=rows)
+        offs_m, offs_h = offs_r // PACK, offs_r % PACK
+        offs = ((b * w.H + h).to(gl.int64) * PACK + offs_h) * _here(w.N_Q) + offs_m
+        gl.store(w.lse_ptr + offs, lse, mask=offs_m < w.N_Q)
+        tma_store_wait(0)
+        mbarrier.arrive(w.q_empty.index(q_stage), count=1)
+        turn += 1
+        tile = _next_tile(w, turn)
+
+    if w.PINGPONG and WHICH == 0:
+        _take_turn(0)
+
+
+# Sizes come as run-time integers: no compilation for each. Quotients of them come from the host, or
+# LLVM would compute them once, in front of the partitions, and keep them in too few registers.
+SIZES = (
+    "H", "GROUP", "N_Q", "N_K", "diagonal",
+    "tiles", "tiles_m", "tiles_n", "full_n", "heads", "section",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=SIZES)
+def _forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, scale_log2,
+    H, GROUP, N_Q, N_K, diagonal, tiles, tiles_m, tiles_n, full_n, heads, section,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    DRAW: gl.constexpr, PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    TILES: gl.constexpr = Q_STAGES * CONSUMERS
+    QUERIES: gl.constexpr = q_desc.block_shape[2]
+    PACK: gl.constexpr = q_desc.block_shape[3]
+    BLOCK_N: gl.constexpr = k_desc.block_shape[2]
+    HEAD_DIM: gl.constexpr = k_desc.block_shape[3]
+    q_shape: gl.constexpr = [Q_STAGES * CONSUMERS, 1, 1, QUERIES, PACK, HEAD_DIM]
+    k_shape: gl.constexpr = [STAGES, 1, 1, BLOCK_N, HEAD_DIM]
+    q_bufs = gl.allocate_shared_memory(dtype, q_shape, q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(dtype, k_shape, k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, k_shape, v_desc.layout)
+    tile_bufs = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_ready = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    tile_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(TILES):
+        mbarrier.init(q_ready.index(n), count=1)
+        mbarrier.init(q_empty.index(n), count=1)  # a buffer of Q has one consumer
+    for n in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(n), count=1)
+        mbarrier.init(v_ready.index(n), count=1)
+    for n in gl.static_range(2):
+        mbarrier.init(tile_ready.index(n), count=1)
+        mbarrier.init(tile_empty.index(n), count=CONSUMERS)
+
+    w = Work(
+        q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, q_bufs, k_bufs, v_bufs, tile_bufs,
+        q_ready, q_empty, k_ready, v_ready, tile_ready, tile_empty, scale_log2, H, GROUP, N_Q,
+        N_K, diagonal, tiles, tiles_m, tiles_n, full_n, heads, section, CONSUMERS, CAUSAL, DRAW,
+        PINGPONG,
+    )  # fmt: skip
+    # The first partition runs on the kernel's own warps and gets the registers that the others
+    # leave, as many as they: the table's numbers add up to 65,536 a multiprocessor.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [(_consumer, (w, 0)), (_consumer, (w, 1)), (_producer, (w,))],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consumer, (w, 0)), (_consumer, (w, 1)), (_consumer, (w, 2)), (_producer, (w,))],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+
+
+def forward(q, k, v, causal, scale, allow_tf32):
+    """Launch on checked tensors. Returns o, like q, and lse (B, H, N_Q) in fp32."""
+    (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
+    o = _host.empty_like(q)
+    lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
+    if o.numel() == 0 or N_K == 0:  # no queries, or none sees a key; TMA takes no empty tensor
+        return o.zero_(), lse.fill_(float("-inf"))
+    if scale <= 0:  # the kernel takes the maximum before it scales
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+
+    c = _config(D, causal, N_K)
+    rows, group, pack = c.consumers * ROWS, H // H_KV, 1
+    tiles_m = -(-N_Q // rows)
+    if 1 < group <= MAX_PACK and group & (group - 1) == 0:  # tiles are powers of two
+        packed = -(-N_Q * group // rows)
+        if packed < group * tiles_m:
+            pack, tiles_m = group, packed
+    heads = B * H // pack
+    tiles = tiles_m * heads
+    programs = min(tiles, _gluon.multiprocessors(q.device))
+    section, drawn = 1, None
+    if causal and tiles_m >= DRAW_TILES and programs < tiles:
+        section = min(heads, max(1, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim)))
+        drawn = torch.zeros(1, dtype=torch.int32, device=q.device)
+
+    q_tile, k_tile = [1, 1, ROWS // pack, pack, c.head_dim], [1, 1, c.block_n, c.head_dim]
+    q_shape = (B, H // pack, N_Q, pack, D)
+    q_b, q_h, q_n, _ = _gluon.strides("q", q)
+    o_b, o_h, o_n, _ = _gluon.strides("o", o)
+    _forward_kernel[(programs,)](
+        _gluon.descriptor(q, q_shape, (q_b, q_h * pack, q_n, q_h, 1), q_tile),
+        _gluon.descriptor(k, k.shape, _gluon.strides("k", k), k_tile),
+        _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
+        _gluon.descriptor(o, q_shape, (o_b, o_h * pack, o_n, o_h, 1), q_tile),
+        lse, lse if drawn is None else drawn, scale * _host.LOG2E,
+        H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1,
+        tiles, tiles_m, -(-N_K // c.block_n), N_K // c.block_n, heads, section,
+        c.consumers, 2, c.q_stages, causal, drawn is not None, c.pingpong, *c.registers,
+        num_warps=4,
+    )  # fmt: skip
+    return o, lse
+
+
+_op = _host.operator("v7_persistent", forward)
+
+
+def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32=False):
+    """softmax(scale · Q Kᵀ) V on Hopper, for q (B, H, N_Q, D) and k, v (B, H_KV, N_K, D).
+
+    fp16 or bf16, H_KV dividing H, any lengths, D a multiple of 8 up to 256; storage and strides in
+    multiples of 16 bytes. causal is aligned bottom-right; a row that sees no key gives 0. scale is
+    1/sqrt(D) unless given. With return_lse also the logarithm of each row's sum of exponentials,
+    (B, H, N_Q) in fp32. allow_tf32 is there for the contract: no fp32 here.
+
+    Raises ValueError where the arguments do not fit.
+    """
+    scale = _gluon.check(q, k, v, scale)
+    o, lse = _op(q, k, v, causal, scale, allow_tf32)
+    return (o, lse) if return_lse else o
