@@ -206,25 +206,30 @@ def open_records(args, parser, device):
     return file
 
 
+def command(study, arguments):
+    """What a reader types to repeat the run: where its records went is no part of it."""
+    kept, skip = [], False
+    for word in arguments:
+        if not skip and word != "--out" and not word.startswith("--out="):
+            kept.append(word)
+        skip = word == "--out"
+    return shlex.join(["python", f"bench/{study}.py", *kept])
+
+
 class Provenance:
     """What every record of a run says besides its numbers."""
 
     def __init__(self, study, timer, seed):
         self.device = torch.device("cuda", 0) if timer.device == "cuda" else torch.device("cpu")
         self.about = {"study": study, **common.environment(self.device), "effort": "turns"}
-        arguments = [f"bench/{study}.py", *sys.argv[1:]]
-        self.run = {
-            "seed": seed,
-            "run": common.utc(),
-            "command": shlex.join(["python", *arguments]),
-        }
+        self.run = {"seed": seed, "run": common.utc(), "command": command(study, sys.argv[1:])}
         self.before = self.after = common.gpu_state(self.device)
         self.read = time.monotonic()
 
     def stamp(self):
         """The fields, with the GPU's clocks, power and temperature at the last two readings.
 
-        They are READ_EVERY seconds apart: nvidia-smi takes a good part of a second on some machines.
+        They are READ_EVERY seconds apart: nvidia-smi can take a good part of a second.
         """
         if time.monotonic() - self.read > READ_EVERY:
             self.before, self.after = self.after, common.gpu_state(self.device)

@@ -491,6 +491,11 @@ def test_small_calls_are_on_two_clocks(tame, tmp_path, capsys):
     assert order == []
 
 
+def test_the_recorded_command_can_be_repeated_elsewhere():
+    given = ["--budget", "9", "--out", "/somewhere/x.jsonl", "--masks", "full", "--out=/y"]
+    assert cells.command("peers", given) == "python bench/peers.py --budget 9 --masks full"
+
+
 @pytest.mark.parametrize("program", [ladder, peers])
 @pytest.mark.parametrize(
     "arguments",
