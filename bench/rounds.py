@@ -154,9 +154,10 @@ def recover(device, after):
 
 def first_call(name, cell, dtype, seed):
     """Call a backend once, in a process of its own, for the sake of what that leaves on disk."""
-    from torch._inductor import config  # slow to import, and needed here alone
+    if name in DISK_CACHED:
+        from torch._inductor import config  # slow to import, and needed here alone
 
-    config.compile_threads = 1  # there are enough processes already
+        config.compile_threads = 1  # there are enough processes already
     with grad_mode(cell):
         closure(load(name), cell, *inputs(cell, dtype, "cuda", seed))()
     torch.cuda.synchronize()
