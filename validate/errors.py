@@ -38,8 +38,9 @@ Some details keep small cases honest without loosening large ones:
   is ill-conditioned, and where the yardstick may be exact by luck or by construction:
   dS = P∘(dP - delta) is exactly 0 in a row with one visible key, but dP and delta are sums over the
   head dim taken in different orders; delta = rowsum(dO∘O) inherits the rounding of O as stored;
-  a logit s known to half an ulp makes P uncertain by |s| ulp, a part in a thousand at 1e4. Each is
-  a root-sum-square over the keys (or queries), and far below the yardstick in ordinary cases.
+  a logit s known to half an ulp makes P uncertain by |s| ulp, a part in a thousand at 1e4, and so
+  does the LSE from which a backward recomputes P. Each is a root-sum-square over the keys (or
+  queries), and below the yardstick in ordinary cases.
   Everything gets the smallest normal fp32 number, because hardware may flush subnormals.
 """
 
@@ -114,7 +115,8 @@ def _ieee():
 
 
 def _bmm(a, b, alpha=1.0):
-    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=alpha)
+    # Adding 0 and not beta=0: for alpha=0 the latter returns uninitialised memory on some CPUs.
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, alpha=alpha)
 
 
 class _Noise:
@@ -127,8 +129,8 @@ class _Noise:
     def add(self, dtype, p, size, q, k, v, o, do, scale):
         """One chunk: p [Z, M, N_K]; size [Z, M], the largest |logit| of each row."""
         unit = NOISE_ULPS.get(dtype, 0) * EPS32
-        unsure = unit * size[..., None] * p * (1 - p)  # [Z, M, N_K], of P by its logits
-        self._row("o", unsure.norm(dim=-1), v)
+        unsure = unit * size[..., None] * p  # [Z, M, N_K], of P by its logits or its LSE
+        self._row("o", (unsure * (1 - p)).norm(dim=-1), v)  # normalised by its own sum
         if do is None:
             return
         d = q.shape[-1]
