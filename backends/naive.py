@@ -28,6 +28,8 @@ def attention(q, k, v, *, causal=False, scale=None):
     if h_kv != h:  # text-book code repeats the shared heads
         k, v = (t.repeat_interleave(h // h_kv, dim=1) for t in (k, v))
 
+    if scale == 0:  # torch's bf16 on CPUs leaves memory unwritten where alpha and beta are both 0
+        q, scale = q * 0, 1.0
     q, k, v = (t.reshape(b * h, -1, d) for t in (q, k, v))  # [B*H, N, D]
     s = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale)  # [B*H, N_Q, N_K]
     if causal:

@@ -47,6 +47,16 @@ def test_reference_against_loops(n_q, n_k, causal):
     torch.testing.assert_close(got["lse"].float(), lse, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [FP16, BF16, FP32])
+def test_a_scale_of_zero_averages(dtype):
+    """Uninitialised memory must not stand in for 0 · q kᵀ (torch's bf16 on some CPUs, beta=0)."""
+    q, k, v, do = tensors(dtype, **SHAPE)
+    for _ in range(3):
+        torch.full((2, 4, 70, 101), math.nan, dtype=dtype)  # freed: likely to be handed out again
+        verdict = errors.check(load("naive"), q, k, v, do, scale=0.0)
+        assert verdict.ok, verdict.reasons
+
+
 @pytest.mark.parametrize(("n_q", "n_k"), [(6, 9), (9, 6)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_gradients_against_finite_differences(n_q, n_k, causal):
@@ -128,6 +138,7 @@ def test_one_number_that_is_not_finite_is_rejected(judged, name, bad):
     verdict = errors.verdict(outputs | {name: broken}, expectation)
     assert not verdict.ok
     assert verdict.over == math.inf
+    assert f"{name}: 1 of " in verdict.reasons[0] or "-inf in the wrong rows" in verdict.reasons[0]
 
 
 @pytest.mark.parametrize("name", ["o", "dq", "dk", "dv"])
@@ -211,6 +222,20 @@ def test_inputs_that_judge_nobody_are_an_error():
         errors.expect(q, k * math.nan, v)
     with pytest.raises(errors.BadCase, match="not finite"):
         errors.expect(q * 1000, k * 1000, v)  # logits overflow fp16: the yardstick is NaN
+
+
+def test_small_cases_measure_the_yardstick_several_times(monkeypatch):
+    small = tensors(FP16, b=1, h=1, h_kv=1, n_q=1, n_k=3, d=4)
+    draws = list(errors._draws(*small))
+    assert len(draws) == errors.MAX_DRAWS
+    assert all(a is b for a, b in zip(draws[0], small, strict=True))
+    assert not any(torch.equal(draws[1][2], v) for v in (small[2], draws[2][2]))
+    assert len(list(errors._draws(*tensors(FP16, **SHAPE)))) == 1
+    many = errors.expect(*small).budget["o"]
+    monkeypatch.setattr(errors, "MAX_DRAWS", 1)
+    once = errors.expect(*small).budget["o"]
+    assert many.max > once.max
+    assert many.mean > once.mean
 
 
 def test_small_cases_draw_until_luck_is_out():
