@@ -59,6 +59,10 @@ device. HBM traffic as in `v1_flash`.
 
 Limits: Hopper only (compute capability 9.0); fp16 and bf16; head dims that are multiples of 8,
 computed as the next of 64, 128, 256; no backward.
+
+Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-22),
+TFLOP/s at N = 512 / 2048 / 16384, D=128: full 406 / 522 / 576, causal 258 / 427 / 587. cuDNN in the
+same run, 519 / 620 / 651 and 327 / 499 / 586.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,174 @@
+"""The machine code of the Hopper forward steps, read without a GPU.
+
+What these kernels are for is easily lost without an error: an edit or another ptxas can serialise
+the products, spill, or move a release in front of the wait that it must follow. So each shipped
+configuration is compiled for sm_90 and its main loops are read.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+# step, D, causal, length, heads of q a head of k: every row of the steps' tables, every variant
+CASES = [
+    ("v5_warp_specialized", 64, True, 600, 1),
+    ("v5_warp_specialized", 128, True, 600, 1),
+    ("v5_warp_specialized", 256, False, 600, 1),
+    ("v6_pingpong", 64, True, 600, 1),
+    ("v6_pingpong", 128, False, 600, 1),
+    ("v6_pingpong", 128, True, 600, 1),
+    ("v6_pingpong", 256, True, 600, 1),
+    ("v7_persistent", 64, False, 600, 1),
+    ("v7_persistent", 64, True, 600, 1),  # dealt
+    ("v7_persistent", 64, False, 2048, 1),  # three consumers
+    ("v7_persistent", 64, True, 16384, 1),  # three consumers, drawn
+    ("v7_persistent", 128, False, 2048, 1),
+    ("v7_persistent", 128, True, 16384, 1),
+    ("v7_persistent", 128, True, 5, 8),  # packed
+    ("v7_persistent", 256, False, 2048, 1),
+    ("v7_persistent", 256, True, 16384, 1),
+    ("v7_persistent", 256, True, 5, 8),
+]
+PROGRAM = """
+import json, sys, torch
+from flashstudy.validate import compiled
+for step, d, causal, n, group in json.loads(sys.argv[1]):
+    [k] = compiled.compile_step(step, 90, d, torch.bfloat16, causal, n_q=n, n_k=n, group=group)
+    row = {f: getattr(k, f) for f in ("registers", "spills", "shared", "warps", "warnings", "sass")}
+    print(json.dumps({**row, "faults": compiled.faults(k, 90, tuned=True), "ptx": k.asm["ptx"]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """{case: what the compiler made of it}, from a process of its own that does not interpret."""
+    got = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(CASES)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        timeout=900,
+    )
+    assert got.returncode == 0, got.stderr[-4000:]
+    return dict(zip(CASES, map(json.loads, got.stdout.splitlines()), strict=True))
+
+
+def instructions(sass):
+    """(label or None, opcode, operands) of each line of machine code, predicates left out."""
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            yield label[1], "", ""
+        elif op := re.search(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Za-z0-9_.]+)\s*([^;]*);?", line):
+            yield None, op[1], op[2].strip()
+
+
+def main_loops(sass):
+    """The innermost loops that multiply, as lists of (opcode, operands)."""
+    code = list(instructions(sass))
+    at = {label: i for i, (label, _, _) in enumerate(code) if label}
+    spans = []
+    for i, (_, op, operands) in enumerate(code):
+        to = re.search(r"\.L_x_\d+", operands)
+        if op.startswith("BRA") and to and at.get(to[0], i) < i:
+            spans.append((at[to[0]], i))
+    inner = [a for a in spans if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in spans)]
+    loops = [[(op, x) for _, op, x in code[a : b + 1] if op] for a, b in inner]
+    return [loop for loop in loops if any(op.startswith("HGMMA") for op, _ in loop)]
+
+
+def positions(loop, opcode, operand=""):
+    return [i for i, (op, x) in enumerate(loop) if op.startswith(opcode) and re.search(operand, x)]
+
+
+def consumers(case):
+    step, d, causal, n, _ = case
+    return 3 if step[:2] == "v7" and d == 64 and n >= (8192 if causal else 1024) else 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+class TestMachineCode:
+    def test_no_fault(self, kernels, case):
+        """No spills, no C75xx (serialised products), shared memory within bounds."""
+        assert kernels[case]["faults"] == []
+
+    def test_products_are_asynchronous(self, kernels, case):
+        """One arrival a product, and many wgmmas to each: serialised ones would arrive singly."""
+        step, _, causal, _, _ = case
+        # v5: two products in each of two loops. Then: the first QKᵀ, two in each loop, the last PV.
+        products = 4 if step[:2] == "v5" else 2 + 2 * (1 + causal)
+        sass = kernels[case]["sass"]
+        assert len(re.findall(r"WARPGROUP\.ARRIVE", sass)) == products * consumers(case)
+        assert len(re.findall(r"\bHGMMA", sass)) >= 4 * products * consumers(case)
+
+    def test_registers_are_reallocated(self, kernels, case):
+        want = {"160", "32"} if consumers(case) == 3 else {"240", "24"}
+        got = set(re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", kernels[case]["ptx"]))
+        assert want <= got
+        assert kernels[case]["warps"] == 4 * (consumers(case) + 1)
+
+    def test_named_barriers_do_not_collide(self, kernels, case):
+        """Triton's ids grow from 0, ours start at 9: see `_gluon`."""
+        used = re.findall(r"^\s*bar\.(?:sync|arrive)\s+(\d+)", kernels[case]["ptx"], re.M)
+        used += re.findall(r"^\s*barrier\.sync\s+(\d+)", kernels[case]["ptx"], re.M)
+        triton = {int(i) for i in used}
+        assert triton
+        assert max(triton) < 9
+
+    def test_main_loops(self, kernels, case):
+        """Two products and two waits in the order of the source; no trip through local memory."""
+        step, d, causal, _, _ = case
+        loops = main_loops(kernels[case]["sass"])
+        masked = causal or step[:2] == "v5"
+        assert len(loops) == (1 + masked) * consumers(case)
+        for loop in loops:
+            assert not positions(loop, "LDL")
+            assert not positions(loop, "STL")
+            assert len(positions(loop, "WARPGROUP.ARRIVE")) == 2
+            exps = positions(loop, "MUFU.EX2")
+            assert len(exps) == (64 if d == 256 else 128) // 2 + 2  # of p, and two of alpha
+            products = positions(loop, "HGMMA")
+            one, zero = (positions(loop, "WARPGROUP.DEPBAR", f"gsb0, 0x{n}") for n in (1, 0))
+            if step[:2] == "v5":
+                assert len(one) == 0
+                assert len(zero) == 2
+                assert zero[0] < min(exps)
+                continue
+            assert len(one) == len(zero) == 1
+            # Both products are under way before either is waited for, S is there before it is used.
+            assert max(products) < one[0] < zero[0]
+            assert one[0] < min(exps)
+            if d < 256:  # the turn: taken before the first product, given after the last
+                assert positions(loop, "BAR.SYNC", "0x100")[0] < min(products)
+                given = positions(loop, "BAR.ARV", "0x100")
+                assert len(given) == 1
+                assert max(products) < given[0] < one[0]
+            if step[:2] == "v7":  # K and V are given back after the wait for their reader
+                k_empty, v_empty = positions(loop, "BAR.ARV", "0x120|0x1a0")
+                assert one[0] < k_empty
+                assert zero[0] < v_empty
+            else:
+                k_empty, v_empty = positions(loop, "SYNCS.ARRIVE")
+                assert one[0] < k_empty
+                assert zero[0] < v_empty
+
+
+def test_the_reader_sees_a_loop():
+    """main_loops finds the inner of two nested loops, and only if it multiplies."""
+    sass = """
+.L_x_1:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_2:
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, !UPT ;
+        /*0020*/              @P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0030*/                   FADD R1, R2, R3 ;
+        /*0040*/              @!P1 BRA `(.L_x_3) ;
+        /*0050*/              @P1 BRA `(.L_x_1) ;
+"""
+    assert [[op for op, _ in loop] for loop in main_loops(sass)] == [
+        ["HGMMA.64x128x16.F32.BF16", "BRA"]
+    ]
