@@ -86,7 +86,7 @@ def _text(step):
 
 def test_the_table_stays_short():
     lines = (ROOT / "backends" / "__init__.py").read_text().splitlines()
-    assert len(lines) - len(BACKENDS) < 70
+    assert len([line for line in lines if line.strip()]) - len(BACKENDS) < 70
 
 
 # ---- why_not and load ----------------------------------------------------------------------------
