@@ -95,7 +95,10 @@ def _commit():
     if top is None or Path(top) != ROOT:
         return None
     dirty = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") + "+" * bool(dirty)
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    if head is None:  # a copy without its history can be told which commit it is
+        return os.environ.get("FLASHSTUDY_COMMIT")
+    return head + "+" * bool(dirty)
 
 
 def gpu_state(device):
