@@ -32,6 +32,11 @@ same K and V. They are packed into the tile: row r holds query r // PACK of head
 tensor descriptor of five dims, (B, H / PACK, N_Q, PACK, D), lets TMA do the shuffle for Q and O. A
 row's mask looks at its query. Used where it makes fewer tiles.
 
+**Splitting the keys.** A step of decoding has a few queries and many keys: fewer tiles than
+multiprocessors, and each long. Then a tile's keys are split into shares (flash decoding): every
+share writes an O of its own, normalised by itself, and its lse; `_merge_kernel` weighs them by
+exp(lse).
+
 **Empty without an mbarrier.** "K is read" comes as a named barrier on which consumers arrive and
 only the producer waits. To arrive on an mbarrier Triton first gathers the threads of the partition;
 to arrive on a named barrier each warp goes on at once.
@@ -56,6 +61,8 @@ Limits and maths as in `v6_pingpong`.
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -80,6 +87,7 @@ ROWS = 64  # rows of a consumer: the M of a wgmma
 DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
 MAX_PACK = 64
+MIN_SHARE = 8  # tiles of keys: less is not worth a second launch
 
 
 class Config(NamedTuple):
@@ -138,8 +146,12 @@ class Work:
     tiles_m: gl.tensor  # those of a head
     tiles_n: gl.tensor  # of keys
     full_n: gl.tensor  # those that no key is missing from
+    share_n: gl.tensor  # of them: those of a share
+    B: gl.tensor
     heads: gl.tensor  # heads of all batches
     section: gl.tensor  # heads whose tiles are neighbours
+    share_tiles: gl.tensor  # tiles_m · heads
+    section_tiles: gl.tensor  # tiles_m · section
     CONSUMERS: gl.constexpr
     CAUSAL: gl.constexpr
     DRAW: gl.constexpr
@@ -149,8 +161,8 @@ class Work:
     def __init__(
         self, q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, q_bufs, k_bufs, v_bufs, tile_bufs,
         q_ready, q_empty, k_ready, v_ready, tile_ready, tile_empty, scale_log2, H, GROUP, N_Q,
-        N_K, diagonal, tiles, tiles_m, tiles_n, full_n, heads, section, CONSUMERS, CAUSAL, DRAW,
-        PINGPONG,
+        N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
+        share_tiles, section_tiles, CONSUMERS, CAUSAL, DRAW, PINGPONG,
     ):  # fmt: skip
         self.q_desc, self.k_desc, self.v_desc, self.o_desc = q_desc, k_desc, v_desc, o_desc
         self.lse_ptr, self.drawn_ptr = lse_ptr, drawn_ptr
@@ -160,7 +172,8 @@ class Work:
         self.scale_log2 = scale_log2
         self.H, self.GROUP, self.N_Q, self.N_K = H, GROUP, N_Q, N_K
         self.diagonal, self.tiles, self.tiles_m, self.tiles_n = diagonal, tiles, tiles_m, tiles_n
-        self.full_n, self.heads, self.section = full_n, heads, section
+        self.full_n, self.share_n, self.B, self.heads = full_n, share_n, B, heads
+        self.section, self.share_tiles, self.section_tiles = section, share_tiles, section_tiles
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.CAUSAL, self.DRAW = gl.constexpr(CAUSAL), gl.constexpr(DRAW)
         self.PINGPONG = gl.constexpr(PINGPONG)
@@ -168,13 +181,16 @@ class Work:
 
 @gluon.jit
 def _tile(w, tile):
-    """Which tile that is: batch, head, first row, tiles of keys, how many of them masked."""
+    """Which tile that is: share, batch, head, first row; its last tile of keys, counted from the
+    left, how many it visits from there on, and how many of these are masked."""
     PACK: gl.constexpr = w.q_bufs.shape[4]
     ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
-    first_bh = tile // (w.section * w.tiles_m) * w.section
+    share = tile // w.share_tiles
+    tile = tile % w.share_tiles
+    first_bh = tile // w.section_tiles * w.section
     heads = gl.minimum(w.section, w.heads - first_bh)  # in this section: the last may be smaller
-    rank = tile % (w.section * w.tiles_m)
+    rank = tile % w.section_tiles
     bh = first_bh + rank % heads
     pid_m = rank // heads
     if w.CAUSAL:  # longest first
@@ -189,8 +205,10 @@ def _tile(w, tile):
         last = first + (w.CONSUMERS * ROWS // PACK - 1)
         n_tiles = gl.minimum(n_tiles, gl.cdiv(gl.maximum(last, 0), BLOCK_N))
         n_full = gl.minimum(n_full, gl.maximum(first, 0) // BLOCK_N)
-    n_tiles = gl.maximum(n_tiles, 1)  # all rows empty: one tile, all of it masked
-    return bh // w.H, bh % w.H, start_m, n_tiles, n_tiles - n_full
+    left = share * w.share_n
+    right = gl.minimum(n_tiles, left + w.share_n)
+    right = gl.maximum(right, left + 1)  # nothing to see: one tile, all of it masked
+    return share, bh // w.H, bh % w.H, start_m, right - 1, right - left, right - n_full
 
 
 @gluon.jit
@@ -244,7 +262,7 @@ def _producer(w):
         if tile >= w.tiles:  # the consumers have been told: stop
             tile = -1
         else:
-            b, h, start_m, n_tiles, _ = _tile(w, tile)
+            _, b, h, start_m, last, n_tiles, _ = _tile(w, tile)
             q_stage = turn % Q_STAGES * w.CONSUMERS
             for c in gl.static_range(w.CONSUMERS):
                 q_ready = w.q_ready.index(q_stage + c)
@@ -256,7 +274,7 @@ def _producer(w):
             h_kv = h // w.GROUP
             for j in range(n_tiles):
                 stage = i % STAGES
-                start_n = (n_tiles - 1 - j) * BLOCK_N
+                start_n = (last - j) * BLOCK_N
                 k_ready, v_ready = w.k_ready.index(stage), w.v_ready.index(stage)
                 if i >= STAGES:
                     barrier_sync(_k_empty(stage), THREADS)
@@ -415,15 +433,15 @@ def _consumer(w, WHICH: gl.constexpr):
     i = 0
     tile = _next_tile(w, turn)
     while tile < w.tiles:
-        b, h, start_m, n_tiles, n_masked = _tile(w, tile)
+        share, b, h, start_m, last, n_tiles, n_masked = _tile(w, tile)
         start_m += WHICH * ROWS
-        # Keys that a row sees, counted from the first of the rightmost tile on. Causal: query i sees
-        # those up to i + N_K - N_Q. (Rows past N_Q may see past N_K: zeros, and nobody reads them.)
+        # Keys that a row sees, from the first of the rightmost tile on. Causal: query i sees those
+        # up to i + N_K - N_Q. (Rows past N_Q may see past N_K: zeros, and nobody reads them.)
         if w.CAUSAL:
-            first = _here(start_m // PACK + w.diagonal - (n_tiles - 1) * BLOCK_N)
+            first = _here(start_m // PACK + w.diagonal - last * BLOCK_N)
             visible = gl.arange(0, ROWS, layout=rows) // PACK + first
         else:
-            visible = gl.full([ROWS], w.N_K - (n_tiles - 1) * BLOCK_N, gl.int32, rows)
+            visible = gl.full([ROWS], w.N_K - last * BLOCK_N, gl.int32, rows)
 
         # The rightmost tile has no P V of a tile before it.
         q_stage = turn % Q_STAGES * w.CONSUMERS + WHICH
@@ -444,7 +462,7 @@ def _consumer(w, WHICH: gl.constexpr):
         i += 1
 
         if w.CAUSAL:
-            for _ in range(1, n_masked):
+            for _ in range(1, gl.minimum(n_masked, n_tiles)):
                 visible += BLOCK_N
                 acc, p, m_i, l_i = _step(
                     w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=True
@@ -472,6 +490,7 @@ def _consumer(w, WHICH: gl.constexpr):
         o = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
         q_smem.store(o.to(w.o_desc.dtype))
         fence_async_shared()  # written by threads, read by TMA: another path to the same memory
+        b += share * w.B  # o_desc and lse hold the shares of all batches one after the other
         tma_store(w.o_desc, [b, h, start_m // PACK, 0, 0], w.q_bufs.index(q_stage))
 
         lse = (m_i * w.scale_log2 + gl.log2(l_sum)) * 0.6931471805599453  # ln 2: the natural one
@@ -492,14 +511,16 @@ def _consumer(w, WHICH: gl.constexpr):
 # LLVM would compute them once, in front of the partitions, and keep them in too few registers.
 SIZES = (
     "H", "GROUP", "N_Q", "N_K", "diagonal",
-    "tiles", "tiles_m", "tiles_n", "full_n", "heads", "section",
+    "tiles", "tiles_m", "tiles_n", "full_n", "share_n", "B", "heads", "section",
+    "share_tiles", "section_tiles",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, scale_log2,
-    H, GROUP, N_Q, N_K, diagonal, tiles, tiles_m, tiles_n, full_n, heads, section,
+    H, GROUP, N_Q, N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
+    share_tiles, section_tiles,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
     DRAW: gl.constexpr, PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -535,8 +556,8 @@ def _forward_kernel(
     w = Work(
         q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, q_bufs, k_bufs, v_bufs, tile_bufs,
         q_ready, q_empty, k_ready, v_ready, tile_ready, tile_empty, scale_log2, H, GROUP, N_Q,
-        N_K, diagonal, tiles, tiles_m, tiles_n, full_n, heads, section, CONSUMERS, CAUSAL, DRAW,
-        PINGPONG,
+        N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
+        share_tiles, section_tiles, CONSUMERS, CAUSAL, DRAW, PINGPONG,
     )  # fmt: skip
     # The first partition runs on the kernel's own warps and gets the registers that the others
     # leave, as many as they: the table's numbers add up to 65,536 a multiprocessor.
@@ -552,6 +573,33 @@ def _forward_kernel(
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
+
+
+@triton.jit(do_not_specialize=["H", "N_Q", "rows", "shares"])
+def _merge_kernel(
+    o_parts_ptr, lse_parts_ptr, o_ptr, lse_ptr, stride_ob, stride_oh, stride_om,
+    H, N_Q, rows, shares, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """O = Σ exp(lse_s - lse) O_s over the shares of a row, with lse = log Σ exp(lse_s)."""
+    row = tl.program_id(0).to(tl.int64)  # of B · H · N_Q
+    offs_d = tl.arange(0, HEAD_DIM)
+    m_i, l_i = float("-inf"), 0.0
+    acc = tl.zeros([HEAD_DIM], tl.float32)
+    for share in range(shares):
+        at = share * rows.to(tl.int64) + row
+        lse = tl.load(lse_parts_ptr + at)
+        o = tl.load(o_parts_ptr + at * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        m_new = tl.maximum(m_i, lse)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha, p = tl.exp(m_i - m_safe), tl.exp(lse - m_safe)
+        acc = acc * alpha + o * p
+        l_i = l_i * alpha + p
+        m_i = m_new
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)
+    b, h, m = row // N_Q // H, row // N_Q % H, row % N_Q
+    at = b * stride_ob + h * stride_oh + m * stride_om
+    tl.store(o_ptr + at + offs_d, acc.to(o_ptr.dtype.element_ty), mask=offs_d < D)
+    tl.store(lse_ptr + row, m_i + tl.log(l_i))
 
 
 def forward(q, k, v, causal, scale, allow_tf32):
@@ -571,29 +619,44 @@ def forward(q, k, v, causal, scale, allow_tf32):
         packed = -(-N_Q * group // rows)
         if packed < group * tiles_m:
             pack, tiles_m = group, packed
-    heads = B * H // pack
-    tiles = tiles_m * heads
-    programs = min(tiles, _gluon.multiprocessors(q.device))
+    heads, tiles_n = B * H // pack, -(-N_K // c.block_n)
+    programs = _gluon.multiprocessors(q.device)
+    # Few tiles, long ones: split the keys, so that every multiprocessor has a share.
+    shares = max(1, min(programs // (tiles_m * heads), tiles_n // MIN_SHARE))
+    share_n = -(-tiles_n // shares)
+    shares = -(-tiles_n // share_n)
+    o_parts, lse_parts = o, lse
+    if shares > 1:
+        o_parts = torch.empty((shares * B, H, N_Q, D), dtype=q.dtype, device=q.device)
+        lse_parts = torch.empty((shares * B, H, N_Q), dtype=torch.float32, device=q.device)
+    tiles = tiles_m * heads * shares
+    programs = min(tiles, programs)
     section, drawn = 1, None
     if causal and tiles_m >= DRAW_TILES and programs < tiles:
         section = min(heads, max(1, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim)))
         drawn = torch.zeros(1, dtype=torch.int32, device=q.device)
 
     q_tile, k_tile = [1, 1, ROWS // pack, pack, c.head_dim], [1, 1, c.block_n, c.head_dim]
-    q_shape = (B, H // pack, N_Q, pack, D)
+    q_shape, o_shape = (B, H // pack, N_Q, pack, D), (shares * B, H // pack, N_Q, pack, D)
     q_b, q_h, q_n, _ = _gluon.strides("q", q)
-    o_b, o_h, o_n, _ = _gluon.strides("o", o)
+    o_b, o_h, o_n, _ = _gluon.strides("o", o_parts)
     _forward_kernel[(programs,)](
         _gluon.descriptor(q, q_shape, (q_b, q_h * pack, q_n, q_h, 1), q_tile),
         _gluon.descriptor(k, k.shape, _gluon.strides("k", k), k_tile),
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
-        _gluon.descriptor(o, q_shape, (o_b, o_h * pack, o_n, o_h, 1), q_tile),
-        lse, lse if drawn is None else drawn, scale * _host.LOG2E,
+        _gluon.descriptor(o_parts, o_shape, (o_b, o_h * pack, o_n, o_h, 1), q_tile),
+        lse_parts, lse_parts if drawn is None else drawn, scale * _host.LOG2E,
         H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1,
-        tiles, tiles_m, -(-N_K // c.block_n), N_K // c.block_n, heads, section,
+        tiles, tiles_m, tiles_n, N_K // c.block_n, share_n, B, heads, section,
+        tiles_m * heads, tiles_m * section,
         c.consumers, 2, c.q_stages, causal, drawn is not None, c.pingpong, *c.registers,
         num_warps=4,
     )  # fmt: skip
+    if shares > 1:
+        _merge_kernel[(B * H * N_Q,)](
+            o_parts, lse_parts, o, lse, *o.stride()[:3], H, N_Q, B * H * N_Q, shares, D, c.head_dim,
+            num_warps=1,
+        )  # fmt: skip
     return o, lse
 
 
