@@ -1,0 +1,453 @@
+"""Tiles that move themselves: tensor descriptors and Hopper's copy engine, TMA.
+
+In `v2_lean` threads copy: each computes addresses, compares them with the ends of the matrix and
+issues loads of 16 bytes, hundreds of instructions a tile from registers that the products need.
+From sm_90 on an engine copies whole tiles. It is told once what a tensor looks like, by a
+*descriptor* made on the host (address, shape, strides, tile); then one thread says "tile (b, h,
+start, 0) to that buffer", and the engine does addresses, swizzling and the ends by itself: what
+lies past an end reads as 0 and is not written, ragged lengths and odd head dims included.
+
+    v2   128 threads:  address, compare, cp.async, ×8 each     wait for one's own, then for all's
+    v3     1 thread:   copy(descriptor, b, h, start) ──────┐
+                                                 engine:   └─ 16 KiB ─→ buffer, signals a barrier
+
+What goes through descriptors: all that a loop streams (K, V; in the dK, dV kernel Q, dO and the
+rows of lse and delta), the forward's Q, and results that leave from full registers (O, dK, dV).
+Where a program loads several tensors once, pointers stay: outside a loop Triton waits for each
+descriptor's load before it starts the next.
+
+The registers saved buy tiles that v2 would spill: 128 × 64 for four warps at D = 128, so that two
+programs share an SM and one's softmax runs under the other's products. Within a program the two
+take turns; overlapping them there is what the Hopper steps do by hand.
+
+Not always: descriptors cost the CPU 10 to 20 µs each, so a small call is slower with them, and the
+engine wants addresses and strides in multiples of 16 bytes. `_path` decides by GPU, work and
+alignment; the other path is v2's, in the same kernels, by a compile-time flag. Nothing is copied.
+
+The rest is `v2_lean` (maths and lines: FlashAttention-2, arXiv 2307.08691). FlashAttention-3 (arXiv
+2407.08608) uses the same engine with warps of its own to drive it. In one thing more this differs
+from v2: the dQ kernel leaves lse in base 2 beside delta, in padded rows that a descriptor can take.
+
+Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v2 → v3 in one run; torch
+2.11.0, triton 3.6.0, 2026-11-22), at N = 512, 2048 and 16384:
+
+    D = 64   forward  333 → 333, 395 → 427, 417 → 455    causal  216 → 222, 340 → 365, 408 → 442
+             backward 290 → 294, 332 → 356, 342 → 380    causal  175 → 223, 271 → 329, 313 → 366
+    D = 128  forward  322 → 378, 429 → 487, 468 → 540    causal  220 → 273, 367 → 429, 474 → 490
+             backward 284 → 312, 361 → 417, 382 → 465    causal  198 → 226, 310 → 361, 377 → 444
+
+D = 256, the two backward kernels timed one by one, O, dK and dV still stored through pointers:
+
+             forward  356 → 354, 481 → 476, 518 → 525    causal  234 → 235, 382 → 385, 517 → 520
+             backward 186 → 204, 228 → 259, 230 → 262    causal  145 → 159, 212 → 239, 256 → 295
+
+Left out: Triton's own warp specialisation (`tl.range(..., warp_specialize=True)`), which triton 3.6
+compiles into the same kernel here, or into one that spills.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _host
+
+LOG2E = tl.constexpr(_host.LOG2E)
+
+# BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
+# by (path, padded head dim). Up to SHORT keys a "short" row goes first: more and smaller programs.
+# The rows for pointers fit in the 99 KiB of shared memory of the smallest GPUs from sm_80 on.
+SHORT = 2048
+FORWARD = {
+    ("tma", 64): (64, 128, 4, 2),
+    ("tma", 128): (128, 64, 4, 2),
+    ("tma", 256): (128, 64, 8, 2),
+    ("tma short", 128): (64, 64, 4, 3),
+    ("pointers", 64): (64, 64, 4, 3),
+    ("pointers", 128): (64, 64, 4, 2),
+    ("pointers", 256): (64, 32, 4, 2),
+}
+DQ = {
+    ("tma", 64): (64, 64, 4, 2),
+    ("tma", 128): (128, 64, 8, 3),
+    ("tma", 256): (128, 32, 8, 2),
+    ("pointers", 64): (64, 64, 4, 2),
+    ("pointers", 128): (64, 32, 4, 2),
+    ("pointers", 256): (32, 32, 4, 1),
+}
+DKDV = {
+    ("tma", 64): (32, 64, 4, 3),
+    ("tma", 128): (64, 64, 4, 2),
+    ("tma", 256): (64, 64, 8, 2),
+    ("pointers", 64): (32, 64, 4, 3),
+    ("pointers", 128): (32, 64, 4, 2),
+    ("pointers", 256): (32, 32, 4, 1),
+}
+# fp32 at full precision does without tensor cores, and its operands fill the registers.
+FORWARD_FP32 = {64: (32, 32, 4, 2), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
+DQ_FP32 = {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
+DKDV_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
+
+
+def _config(table, table_fp32, path, head_dim, fp32, short=False):
+    """A row of the table for the path, "tma" or "pointers"; for few keys the short one, if any."""
+    d = max(64, 1 << (head_dim - 1).bit_length())
+    if fp32:
+        return table_fp32[d]
+    return (short and table.get((f"{path} short", d))) or table[path, d]
+
+
+@triton.jit
+def _load(ptr, rows, stride, N, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a matrix as a tile, 0 past row N and column HEAD_DIM."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
+    return tl.load(
+        ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def _store(ptr, rows, stride, N, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The reverse of `_load`: what lies past the end is not written."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (rows[:, None] < N) & (offs_d[None, :] < HEAD_DIM)
+    tl.store(
+        ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :],
+        tile.to(ptr.dtype.element_ty),
+        mask,
+    )
+
+
+@triton.jit
+def _stream(
+    src, b, h, start, stride, N,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows of a head from `start` on; src describes the tensor, or points to the head."""
+    if TMA:
+        tile = src.load([tl.cast(b, tl.int32), tl.cast(h, tl.int32), start, 0])
+        return tl.reshape(tile, [BLOCK, BLOCK_D])  # from [1, 1, BLOCK, BLOCK_D]
+    else:
+        return _load(src, start + tl.arange(0, BLOCK), stride, N, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _drain(
+    dst, b, h, start, stride, N, tile,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The reverse of `_stream`."""
+    if TMA:
+        tile = tl.reshape(tile.to(dst.dtype), [1, 1, BLOCK, BLOCK_D])
+        dst.store([tl.cast(b, tl.int32), tl.cast(h, tl.int32), start, 0], tile)
+    else:
+        _store(dst, start + tl.arange(0, BLOCK), stride, N, tile, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _stream_row(src, row, start, stride, N, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """BLOCK numbers from `start` on of one row, 0 past the end."""
+    if TMA:
+        return tl.reshape(src.load([tl.cast(row, tl.int32), start]), [BLOCK])
+    else:
+        offs = start + tl.arange(0, BLOCK)
+        return tl.load(src + row * stride + offs, offs < N, 0.0)
+
+
+@triton.jit
+def _key_range(
+    start_m, N_Q, N_K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """(full, hi): all of this tile's queries see all keys below full; none sees one from hi on."""
+    full, hi = N_K, N_K
+    if CAUSAL:  # aligned bottom-right: query i sees the keys up to i + N_K - N_Q
+        full = tl.minimum(N_K, tl.maximum(start_m + N_K - N_Q + 1, 0))
+        hi = tl.minimum(N_K, tl.maximum(start_m + N_K - N_Q + BLOCK_M, 0))
+    return full // BLOCK_N * BLOCK_N, hi
+
+
+@triton.jit
+def _visible(m, n, N_Q, N_K, CAUSAL: tl.constexpr):
+    """Which queries m see which keys n, in the shape that m and n broadcast to."""
+    mask = n < N_K
+    if CAUSAL:
+        mask &= n <= m + (N_K - N_Q)
+    return mask
+
+
+@triton.jit
+def _forward_kernel(
+    q_src, k_src, v_src, o_dst, lse_ptr, scale_log2,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    start_m = tl.program_id(0) % tiles * BLOCK_M
+    if CAUSAL:  # the tiles with most keys first: what runs last, on a GPU half empty, is short
+        start_m = (tiles - 1) * BLOCK_M - start_m
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+
+    h_kv = h // GROUP  # GROUP heads of queries share one of keys
+    if not TMA:
+        q_src += b * stride_qb + h * stride_qh
+        o_dst += b * stride_ob + h * stride_oh
+        k_src += b * stride_kb + h_kv * stride_kh
+        v_src += b * stride_vb + h_kv * stride_vh
+
+    q = _stream(q_src, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)  # line 4
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
+    for start_n in range(0, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 8
+        if start_n >= full:  # the same way for all threads
+            visible = _visible(offs_m[:, None], offs_n[None, :], N_Q, N_K, CAUSAL)
+            s = tl.where(visible, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BLOCK_M], line 9
+        # A row that has seen no key yet is at -inf, and -inf - -inf would be NaN.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * scale_log2 - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
+        alpha = tl.exp2(m_i - base)  # [BLOCK_M], 0 at a row's first key
+        l_i = alpha * l_i + tl.sum(p, 1)
+        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # 10
+        m_i = m_new
+
+    o = acc * (1 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]  # line 12; a row without keys gives 0
+    lse = (m_i + tl.log2(l_i)) / LOG2E  # line 13, to base e; -inf there
+
+    _drain(o_dst, b, h, start_m, stride_om, N_Q, o, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+    tl.store(lse_ptr + pid_bh * N_Q + offs_m, lse, offs_m < N_Q)
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_src, v_src, o_ptr, do_ptr, dq_ptr, lse_ptr, rows_ptr, scale, scale_log2,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
+    stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm, stride_rows,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dQ and delta of one tile of queries; its loop visits the tiles that the forward's visits."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    start_m = tl.program_id(0) % tiles * BLOCK_M
+    if CAUSAL:  # the tiles with most keys first: what runs last, on a GPU half empty, is short
+        start_m = (tiles - 1) * BLOCK_M - start_m
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+
+    q_ptr += b * stride_qb + h * stride_qh
+    h_kv = h // GROUP
+    if not TMA:
+        k_src += b * stride_kb + h_kv * stride_kh
+        v_src += b * stride_vb + h_kv * stride_vh
+    o_ptr += b * stride_ob + h * stride_oh
+    do_ptr += b * stride_dob + h * stride_doh
+    dq_ptr += b * stride_dqb + h * stride_dqh
+
+    q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    lse_log2 = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0) * LOG2E  # [BLOCK_M]
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M], line 4
+    rows_ptr += pid_bh * 2 * stride_rows + offs_m
+    tl.store(rows_ptr, lse_log2, offs_m < N_Q)
+    tl.store(rows_ptr + stride_rows, delta, offs_m < N_Q)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
+    for start_n in range(0, hi, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 10
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 13
+        p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # line 11
+        if start_n >= full:  # not by s = -inf: a row without keys has lse = -inf, too
+            visible = _visible(offs_m[:, None], offs_n[None, :], N_Q, N_K, CAUSAL)
+            p = tl.where(visible, p, 0.0)
+        ds = p * (dp - delta[:, None])  # line 14
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # line 15
+
+    _store(dq_ptr, offs_m, stride_dqm, N_Q, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_src, k_ptr, v_ptr, do_src, dk_dst, dv_dst, rows_src, scale, scale_log2,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, stride_rows,
+    H, GROUP, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys: algorithm 2, one turn of its outer loop, without line 15."""
+    tiles = tl.cdiv(N_K, BLOCK_N)
+    start_n = tl.program_id(0) % tiles * BLOCK_N
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h_kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    if not TMA:
+        dk_dst += b * stride_dkb + h_kv * stride_dkh
+        dv_dst += b * stride_dvb + h_kv * stride_dvh
+
+    k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D], line 6
+    v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    # Queries before lo see none of these keys, those from full on see all of them. Keys past the
+    # end need no mask: they only make rows of dk and dv that are not stored.
+    lo, full = 0, 0
+    if CAUSAL:
+        lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
+        full = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (N_K - N_Q), 0), BLOCK_M) * BLOCK_M
+    for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):  # the heads of queries that share k and v
+        q_head = q_src if TMA else q_src + (b * stride_qb + h * stride_qh)
+        do_head = do_src if TMA else do_src + (b * stride_dob + h * stride_doh)
+        row = (b * H + h) * 2
+        for start_m in range(lo, N_Q, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, TMA)
+            delta = _stream_row(rows_src, row + 1, start_m, stride_rows, N_Q, BLOCK_M, TMA)
+            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
+            if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
+                if start_m < full:
+                    visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
+                    p_t = tl.where(visible, p_t, 0.0)
+            ds_t = p_t * (dp_t - delta[None, :])
+            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
+
+    dk *= scale
+    _drain(dk_dst, b, h_kv, start_n, stride_dkn, N_K, dk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    _drain(dv_dst, b, h_kv, start_n, stride_dvn, N_K, dv, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+
+
+# Products of 2^33 multiplications take a large GPU about 80 µs. Descriptors take the CPU that long.
+TMA_MIN_WORK = 1 << 33
+
+
+def _path(capability, work, *tensors):
+    """How tiles move: "tma" or "pointers".
+
+    The copy engine exists from sm_90 on, wants bases and strides in multiples of 16 bytes, and is
+    used where a call of `work` multiplications keeps the GPU busy for longer than the descriptors
+    keep the CPU. Never for fp32, whose arithmetic takes longer than any copy.
+    """
+    if capability < (9, 0) or work < TMA_MIN_WORK or tensors[0].dtype == torch.float32:
+        return "pointers"
+    for t in tensors:
+        b, h, n, _ = t.stride()
+        if (t.data_ptr() | (b | h | n) << 1) & 15 or not (b and h and n):  # 2 bytes an element
+            return "pointers"
+    return "tma"
+
+
+def _describe(t, block, block_d):
+    """Describe a tensor as tiles of `block` rows of one head; past their ends, tiles read as 0."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, block_d])
+
+
+def _tiles(table, table_fp32, path, q, k, allow_tf32):
+    """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
+    d, fp32, short = q.shape[3], q.dtype == torch.float32, k.shape[2] <= SHORT
+    m, n, warps, stages = _config(table, table_fp32, path, d, fp32, short)
+    precision = "tf32" if allow_tf32 else "ieee"
+    block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
+    return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
+
+
+def forward(q, k, v, causal, scale, allow_tf32):
+    """Launch on checked tensors. Returns o, like q, and lse (B, H, N_Q) in fp32."""
+    (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
+    o = _host.empty_like(q)
+    lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
+    # The maximum is taken before the scaling: the scale must be positive (and 0 · -inf is NaN).
+    if scale < 0:
+        q, scale = -q, -scale
+    scale = max(scale, 1e-37)
+    path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, o)
+    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, path, q, k, allow_tf32)
+    q_src, k_src, v_src, o_dst = q, k, v, o
+    if path == "tma":
+        q_src, o_dst = _describe(q, m, d), _describe(o, m, d)
+        k_src, v_src = _describe(k, n, d), _describe(v, n, d)
+    _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
+        q_src, k_src, v_src, o_dst, lse, scale * _host.LOG2E,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
+    )  # fmt: skip
+    return o, lse
+
+
+def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
+    """Launch on what forward took and returned. Returns dq, dk, dv, like q, k, v."""
+    (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
+    dq, dk, dv = _host.empty_like(q), _host.empty_like(k), _host.empty_like(v)
+    # Base-2 lse and delta, a row each for every head: what the second kernel streams beside Q and
+    # dO. The rows of a descriptor start at multiples of 16 bytes.
+    rows = torch.empty((B * H * 2, -(-N_Q // 4) * 4), dtype=torch.float32, device=q.device)
+    qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, do, dk, dv)
+    m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, k, allow_tf32)
+    k_src, v_src = k, v
+    if path == "tma":
+        k_src, v_src = _describe(k, n, d), _describe(v, n, d)
+    _dq_kernel[(-(-N_Q // m) * B * H,)](  # first: it computes the rows
+        q, k_src, v_src, o, do, dq, lse, rows, scale, scale * _host.LOG2E,
+        *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], rows.stride(0),
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
+    )  # fmt: skip
+    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, path, q, k, allow_tf32)
+    q_src, do_src, rows_src, dk_dst, dv_dst = q, do, rows, dk, dv
+    if path == "tma":
+        q_src, do_src = _describe(q, m, d), _describe(do, m, d)
+        dk_dst, dv_dst = _describe(dk, n, d), _describe(dv, n, d)
+        rows_src = TensorDescriptor(rows, [B * H * 2, N_Q], [rows.stride(0), 1], [1, m])
+    _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
+        q_src, k, v, do_src, dk_dst, dv_dst, rows_src, scale, scale * _host.LOG2E,
+        *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], rows.stride(0),
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+_op = _host.operator("v3_tma", forward, backward)
+
+
+def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32=False):
+    """softmax(scale · Q Kᵀ) V, with q (B, H, N_Q, D) and k, v (B, H_KV, N_K, D), H_KV dividing H.
+
+    Any lengths, D from 1 to 256, fp16, bf16 or fp32 (allow_tf32 trades its accuracy for tensor
+    cores), any strides with a contiguous last dim. causal is aligned bottom-right; a row that sees
+    no key gives 0. scale is 1/sqrt(D) unless given. With return_lse also the logarithm of each
+    row's sum of exponentials, (B, H, N_Q) in fp32, without a gradient. Gradients repeat bit by bit.
+
+    Raises ValueError where the arguments do not fit.
+    """
+    scale = _host.check(q, k, v, scale)
+    o, lse = _op(q, k, v, causal, scale, allow_tf32)
+    return (o, lse) if return_lse else o

@@ -1,0 +1,136 @@
+"""The portable steps above the text-book one, interpreted on the CPU: v2_lean and v3_tma.
+
+Values and gradients against fp64 over ragged shapes, grouped heads, causal offsets, odd head dims,
+strides and extreme logits; repeats bit by bit; the rules that choose a tile and a path.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+import pytest
+import torch
+from flashstudy.kernels import _host, v2_lean, v3_tma
+from flashstudy.validate import errors
+
+pytestmark = pytest.mark.skipif(not _host.interpreting(), reason="tests the interpreted kernels")
+
+STEPS = {"v2": v2_lean, "v3": v3_tma, "v3-tma": v3_tma}
+
+
+@pytest.fixture(params=STEPS)
+def attention(request, monkeypatch):
+    """Each step's function; v3 once through pointers, as here by itself, and once descriptors."""
+    module = STEPS[request.param]
+    if request.param == "v3-tma":
+        monkeypatch.setattr(_host, "capability", lambda device: (9, 0))
+        monkeypatch.setattr(v3_tma, "TMA_MIN_WORK", 1)
+    return module.attention
+
+
+def inputs(n_q, n_k, d, heads=(2, 2), dtype=torch.float16, batch=1, scale=1.0):
+    g = torch.Generator().manual_seed(n_q * 1000 + n_k * 10 + d)
+    h, h_kv = heads
+
+    def new(h, n):  # (B, N, H, D) memory, as a projection leaves it
+        return (torch.randn(batch, n, h, d, generator=g) * scale).to(dtype).transpose(1, 2)
+
+    return new(h, n_q), new(h_kv, n_k), new(h_kv, n_k), new(h, n_q)  # q, k, v, do
+
+
+def judge(attention, q, k, v, do, **options):
+    got = errors.check(attention, q, k, v, do, lse=True, **options)
+    assert got.ok, got.reasons
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "d"), [(1, 1, 16), (1, 70, 64), (65, 63, 40), (130, 70, 8), (70, 130, 72)]
+)
+def test_values(attention, n_q, n_k, d, causal):
+    judge(attention, *inputs(n_q, n_k, d), causal=causal)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
+def test_grouped_heads(attention, heads):
+    judge(attention, *inputs(40, 67, 16, heads, batch=2), causal=True)
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -0.2, 1e3])
+def test_scale(attention, scale):
+    """0 is the plain mean, a negative one turns the order around, a large one picks one key."""
+    judge(attention, *inputs(20, 33, 16, dtype=torch.float32), causal=True, scale=scale)
+
+
+def test_huge_logits(attention):
+    judge(attention, *inputs(40, 40, 16, dtype=torch.float32, scale=50.0), causal=True)
+
+
+def test_odd_head_dim_and_fp32(attention):
+    judge(attention, *inputs(33, 17, 59, dtype=torch.float32), causal=True)
+
+
+def test_strides(attention):
+    """Slices of a fused projection, and one head of keys expanded over all heads."""
+    q, k, v, do = inputs(35, 35, 32, heads=(2, 1))
+    fused = torch.cat([q, q.flip(2), do], dim=1)  # [B, 3 H, N, D]
+    q, do = fused[:, :2], fused[:, 4:]
+    judge(attention, q, k.expand(-1, 2, -1, -1), v.expand(-1, 2, -1, -1), do, causal=True)
+
+
+def test_unaligned_storage(attention):
+    """A base off the 16 bytes that the copy engine wants: pointers, not a wrong answer."""
+    q, k, v, do = inputs(20, 20, 16)
+    k = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape).copy_(k)
+    judge(attention, q, k, v, do)
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_do(attention, n_q, n_k):
+    q, k, v, do = (t.requires_grad_() for t in inputs(n_q, n_k, 16))
+    o, lse = attention(q, k, v, return_lse=True)
+    o.backward(do)
+    assert not o.any()
+    assert (lse == -torch.inf).all()
+    assert not any(t.grad.any() for t in (q, k, v))
+
+
+def test_repeats_bit_by_bit(attention):
+    q, k, v, do = inputs(70, 70, 16, heads=(4, 2))
+    runs = [errors.run(attention, q, k, v, do, causal=True, lse=True) for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_only_visible_keys_count(attention):
+    """NaN in keys that a query does not see must not reach it."""
+    q, k, v, _ = inputs(40, 40, 16)
+    o = attention(q[:, :, :20], k[:, :, :20], v[:, :, :20], causal=True)
+    k[:, :, 20:] = torch.nan
+    whole = attention(q, k, v, causal=True)
+    assert torch.equal(whole[:, :, :20], o)
+
+
+def test_paths():
+    """Descriptors from sm_90 on, for work that hides their price, where the addresses allow."""
+    t = torch.empty(1, 2, 8, 16, dtype=torch.float16)
+    big, small = v3_tma.TMA_MIN_WORK, v3_tma.TMA_MIN_WORK - 1
+    assert v3_tma._path((9, 0), big, t, t) == "tma"
+    assert v3_tma._path((8, 0), big, t, t) == "pointers"
+    assert v3_tma._path((9, 0), small, t, t) == "pointers"
+    assert v3_tma._path((9, 0), big, t.float()) == "pointers"
+    assert v3_tma._path((9, 0), big, t, t.expand(4, -1, -1, -1)) == "pointers"  # stride 0
+    assert v3_tma._path((9, 0), big, t.flatten()[1:241].view(1, 1, 15, 16)) == "pointers"
+    assert v3_tma._path((9, 0), big, torch.empty(1, 2, 8, 12, dtype=torch.float16)) == "pointers"
+
+
+@pytest.mark.parametrize("module", [v2_lean, v3_tma])
+def test_every_head_dim_has_a_tile(module):
+    keys = ["tma", "pointers"] if module is v3_tma else [(9, 0), (8, 0), (12, 0)]
+    for kernel in ("FORWARD", "DQ", "DKDV"):
+        tables = getattr(module, kernel), getattr(module, f"{kernel}_FP32")
+        for key in keys:
+            for d in (1, 16, 17, 64, 65, 128, 129, 256):
+                for fp32 in (False, True):
+                    row = module._config(*tables, key, d, fp32)
+                    assert len(row) == 4
+                    assert all(x & (x - 1) == 0 for x in row[:3])
