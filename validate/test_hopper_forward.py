@@ -37,9 +37,9 @@ PROGRAM = """
 import json, sys, torch
 from flashstudy.validate import compiled
 for step, d, causal, n, group in json.loads(sys.argv[1]):
-    [k] = compiled.compile_step(step, 90, d, torch.bfloat16, causal, n_q=n, n_k=n, group=group)
-    row = {f: getattr(k, f) for f in ("registers", "spills", "shared", "warps", "warnings", "sass")}
-    print(json.dumps({**row, "faults": compiled.faults(k, 90, tuned=True), "ptx": k.asm["ptx"]}))
+    k, *more = compiled.compile_step(step, 90, d, torch.bfloat16, causal, n_q=n, n_k=n, group=group)
+    faults = [f for x in (k, *more) for f in compiled.faults(x, 90, tuned=True)]
+    print(json.dumps(dict(sass=k.sass, ptx=k.asm["ptx"], warps=k.warps, faults=faults)))
 """
 
 
