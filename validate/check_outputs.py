@@ -607,15 +607,19 @@ def parse(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--backends", type=_choice(BACKENDS), help="comma-separated; default: all that run here")
+    add("--backends", nargs="+", metavar="NAME", type=_choice(BACKENDS),
+        help="separated by spaces or commas; default: all that run here")  # fmt: skip
     add("--device", choices=("cuda", "cpu"), help="default: cuda where torch sees a GPU")
-    add("--dtype", type=_choice(DTYPES), default=list(DTYPES), help="default: fp16,bf16,fp32")
+    add("--dtype", nargs="+", metavar="DTYPE", type=_choice(DTYPES), default=[list(DTYPES)],
+        help="default: fp16,bf16,fp32")  # fmt: skip
     add("--quick", action="store_true", help="about a quarter of the cases")
     add("--self-test", action="store_true", help="feed broken backends to the check instead")
     add("--list", action="store_true", help="print what would run, and why the rest would not")
     add("--jobs", type=_jobs, help="worker processes; 0: none; default: by device and cores")
-    add("--json", metavar="FILE", help="write a JSON line per case")
+    add("--json", metavar="FILE", help="write a JSON line per case, as soon as it is judged")
     args = parser.parse_args(argv)
+    args.backends = args.backends and [name for part in args.backends for name in part]
+    args.dtype = [name for part in args.dtype for name in part]
     gpu = torch.cuda.is_available()
     args.device = args.device or ("cuda" if gpu else "cpu")
     if args.device == "cuda" and not gpu:
@@ -689,9 +693,15 @@ def main(argv=None):
 
     total = sum(map(len, work))
     print(f"{total} cases, {args.jobs or 'no'} worker processes")
-    with tqdm(total=total, unit="case", mininterval=1 if sys.stderr.isatty() else 15) as bar:
+    with (
+        tqdm(total=total, unit="case", mininterval=1 if sys.stderr.isatty() else 15) as bar,
+        open(args.json, "w") if args.json else contextlib.nullcontext() as file,
+    ):
 
         def show(record):
+            if file:
+                file.write(json.dumps(_finite(record)) + "\n")
+                file.flush()
             bar.set_postfix_str(f"{record['backend']} {record['dtype']}", refresh=False)
             bar.update()
             if record["status"] in ("fail", "crash"):
@@ -704,9 +714,6 @@ def main(argv=None):
             for name, case, dtype in (task for part in work for task in part):
                 records.append(judge(_candidate(name), case, dtype, args.device))
                 show(records[-1])
-    if args.json:
-        with open(args.json, "w") as f:
-            f.writelines(json.dumps(_finite(r)) + "\n" for r in records)
     code = report(records, skipped, time.monotonic() - began)
     if args.backends:  # asked for by name, so it has to have run
         missing = [n for n in args.backends if all(r["backend"] != n for r in records)]
