@@ -16,8 +16,8 @@ def _visible(n_q, n_k, device):
 def _mask(q, k, causal, explicit):
     """How to tell torch of a bottom-right causal mask: torch's own is_causal aligns top-left.
 
-    The two agree where N_Q == N_K. Elsewhere the flash and efficient kernels take a CausalBias,
-    the others an explicit mask, cached so that a repeated call does not pay for it.
+    The two agree where N_Q == N_K. With more keys than queries the flash and efficient kernels take
+    a CausalBias, the others an explicit mask, cached so that a repeated call does not pay for it.
     """
     n_q, n_k = q.shape[2], k.shape[2]
     if not causal or n_q == n_k:
@@ -26,6 +26,12 @@ def _mask(q, k, causal, explicit):
 
 
 def _attend(q, k, v, causal, scale, explicit):
+    empty = q.shape[2] - k.shape[2] if causal else 0
+    if empty > 0:
+        # The first queries see no key. On a GPU torch's kernels give them an average of v, or NaN
+        # gradients, where the contract says 0; the other queries are a square problem.
+        o = _attend(q[:, :, empty:], k, v, causal, scale, explicit)
+        return F.pad(o, (0, 0, empty, 0))
     return F.scaled_dot_product_attention(
         q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, k, causal, explicit)
     )
@@ -52,6 +58,8 @@ sdpa_cudnn = _only(SDPBackend.CUDNN_ATTENTION, explicit=True)
 
 def picked(q, k, v, *, causal=False, scale=None):
     """The kernel that `sdpa` would run for these tensors: math, efficient, flash or cudnn."""
+    if causal:
+        q = q[:, :, max(0, q.shape[2] - k.shape[2]) :]
     choice = torch._fused_sdp_choice(
         q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **_mask(q, k, causal, True)
     )
