@@ -42,6 +42,8 @@ BACKENDS = {
     "flash-attn-4": Backend("flash-attn 4", "flash", "backends.flash_attn:flash_attn_4", FA4, (8, 0), HALF),
     "v0_naive": Backend("v0 naive", "standard", "kernels.v0_naive:attention", None, (8, 0), cpu="interpreter"),
     "v1_flash": Backend("v1 flash", "flash", "kernels.v1_flash:attention", None, (8, 0), cpu="interpreter"),
+    "v2_lean": Backend("v2 lean", "flash", "kernels.v2_lean:attention", None, (8, 0), cpu="interpreter"),
+    "v3_tma": Backend("v3 TMA", "flash", "kernels.v3_tma:attention", None, (8, 0), cpu="interpreter"),
     "v5_warp_specialized": Backend("v5 warp-specialised", "flash", "kernels.v5_warp_specialized:attention", None, (9, 0), HALF, False, needs=HOPPER),
     "v6_pingpong": Backend("v6 ping-pong", "flash", "kernels.v6_pingpong:attention", None, (9, 0), HALF, False, needs=HOPPER),
     "v7_persistent": Backend("v7 persistent", "flash", "kernels.v7_persistent:attention", None, (9, 0), HALF, False, needs=HOPPER),
