@@ -188,8 +188,10 @@ def reason_not(backend, device, dtype, backward):
 
 def first_line(error):
     text = " ".join(str(error).split()) or "no message"
-    sentence = re.split(r"(?<=[a-zB])\. ", text)[0]
-    return f"{type(error).__name__}: {sentence[:240]}"
+    sentences = re.split(r"(?<=[a-zB])\. ", text)
+    # "CUDA out of memory. Tried to allocate 128 GiB. GPU 0 has a total capacity of 140 GiB …"
+    kept = 3 if isinstance(error, torch.OutOfMemoryError) else 1
+    return f"{type(error).__name__}: {'. '.join(sentences[:kept])[:240]}"
 
 
 @contextlib.contextmanager
@@ -257,6 +259,9 @@ class Bench:
 
     def _ready(self, cell):
         """The cell's functions on fresh data and, in the block, a fresh model."""
+        if self.device.type == "cuda":  # nor may what the cell before left behind fill the memory
+            gc.collect()
+            torch.cuda.empty_cache()
         torch.manual_seed(self.seed)
         return build(cell, backends.load(cell.backend), self.device)
 
