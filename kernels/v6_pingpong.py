@@ -222,6 +222,9 @@ def _packed(p):
     )
 
 
+# Named barriers 14 and 15: whose turn it is.
+
+
 @gluon.jit
 def _take_turn(WHICH: gl.constexpr):
     barrier_sync(14 + WHICH, 256)

@@ -98,7 +98,7 @@ from ._gluon import (
 ROWS = 64  # rows of a consumer: the M of a wgmma
 DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
-MAX_PACK = 64
+MAX_PACK = 64  # heads in a tile: then it holds one query of each consumer
 MIN_SHARE, MIN_SHARES = 8, 3  # tiles of keys, and shares: less is not worth a second launch
 
 
@@ -193,8 +193,10 @@ class Work:
 
 @gluon.jit
 def _tile(w, tile):
-    """Which tile that is: share, batch, head, first row; its last tile of keys, counted from the
-    left, how many it visits from there on, and how many of these are masked."""
+    """Which tile that is: share of the keys, batch, head, first row; and which keys it visits.
+
+    Those are: the rightmost tile, how many tiles from there to the left, how many of them masked.
+    """
     PACK: gl.constexpr = w.q_bufs.shape[4]
     ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
@@ -240,7 +242,8 @@ def _uniform(x):
     )
 
 
-# "Empty" of K and V, one named barrier a stage: the consumers' threads and the producer's warp.
+# Named barriers, by number: 9 and 10 "V is read", 11 and 12 "K is read", one a stage, of the threads
+# of the consumers and of the producer's warp; 13 to 15 a consumer's turn (see `v6_pingpong`).
 
 
 @gluon.jit
@@ -271,7 +274,7 @@ def _producer(w):
         w.tile_bufs.index(turn % 2).store(gl.full([1], tile, gl.int32, scalar))
         mbarrier.arrive(w.tile_ready.index(turn % 2), count=1)
 
-        if tile >= w.tiles:  # the consumers have been told: stop
+        if tile >= w.tiles:  # the sentinel, and the consumers know
             tile = -1
         else:
             _, b, h, start_m, last, n_tiles, _ = _tile(w, tile)
@@ -538,24 +541,24 @@ def _forward_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    TILES: gl.constexpr = Q_STAGES * CONSUMERS
+    Q_BUFS: gl.constexpr = Q_STAGES * CONSUMERS
     QUERIES: gl.constexpr = q_desc.block_shape[2]
     PACK: gl.constexpr = q_desc.block_shape[3]
     BLOCK_N: gl.constexpr = k_desc.block_shape[2]
     HEAD_DIM: gl.constexpr = k_desc.block_shape[3]
-    q_shape: gl.constexpr = [Q_STAGES * CONSUMERS, 1, 1, QUERIES, PACK, HEAD_DIM]
+    q_shape: gl.constexpr = [Q_BUFS, 1, 1, QUERIES, PACK, HEAD_DIM]
     k_shape: gl.constexpr = [STAGES, 1, 1, BLOCK_N, HEAD_DIM]
     q_bufs = gl.allocate_shared_memory(dtype, q_shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, k_shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, k_shape, v_desc.layout)
     tile_bufs = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    q_ready = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    q_ready = gl.allocate_shared_memory(gl.int64, [Q_BUFS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFS, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     tile_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(TILES):
+    for n in gl.static_range(Q_BUFS):
         mbarrier.init(q_ready.index(n), count=1)
         mbarrier.init(q_empty.index(n), count=1)  # a buffer of Q has one consumer
     for n in gl.static_range(STAGES):
@@ -592,7 +595,10 @@ def _merge_kernel(
     o_parts_ptr, lse_parts_ptr, o_ptr, lse_ptr, stride_ob, stride_oh, stride_om,
     H, N_Q, rows, shares, D: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """O = Σ exp(lse_s - lse) O_s over the shares of a row, with lse = log Σ exp(lse_s)."""
+    """O = Σ exp(lse_s - lse) O_s over the shares s of a row, with lse = log Σ exp(lse_s).
+
+    The parts O_s are rounded to half precision, as O is; they are summed in fp32.
+    """
     row = tl.program_id(0).to(tl.int64)  # of B · H · N_Q
     offs_d = tl.arange(0, HEAD_DIM)
     m_i, l_i = float("-inf"), 0.0
