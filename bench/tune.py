@@ -85,7 +85,8 @@ def only(module, kernel, row=None):
 @contextlib.contextmanager
 def tabled(module, kernel, row):
     """Within this context every entry of the kernel's tables is `row` (None: as shipped)."""
-    names = (KERNELS[kernel][0], f"{KERNELS[kernel][0]}_FP32") if row is not None else ()
+    tables = (KERNELS[kernel][0], f"{KERNELS[kernel][0]}_FP32")
+    names = [t for t in tables if row is not None and hasattr(module, t)]
     saved = {n: getattr(module, n) for n in names}
     try:
         for name, table in saved.items():
@@ -216,9 +217,13 @@ def main(argv=None):
         if e.name != f"flashstudy.kernels.{args.step}":
             raise
         parser.error(f"step: no file kernels/{args.step}.py")
-    missing = [t for t, _, _ in (KERNELS[k] for k in args.kernels) if not hasattr(module, t)]
-    if missing:
-        parser.error(f"step: {args.step} has no table {', '.join(missing)}")
+    for table in (KERNELS[k][0] for k in args.kernels):
+        rows = getattr(module, table, {}).values()
+        if not rows or not all(len(r) == 4 and all(isinstance(x, int) for x in r) for r in rows):
+            parser.error(
+                f"step: expected a table {table} of rows (BLOCK_M, BLOCK_N, num_warps, num_stages)"
+                f" in {args.step}, found none"
+            )
 
     from tabulate import tabulate
 

@@ -10,6 +10,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 import pytest
 import torch
+from flashstudy.bench import tune
 from flashstudy.kernels import _host, v2_lean, v3_tma
 from flashstudy.validate import errors
 
@@ -134,3 +135,33 @@ def test_every_head_dim_has_a_tile(module):
                     row = module._config(*tables, key, d, fp32)
                     assert len(row) == 4
                     assert all(x & (x - 1) == 0 for x in row[:3])
+
+
+@pytest.mark.parametrize("module", [v2_lean, v3_tma])
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_tuner_puts_its_row_in_and_takes_it_out(module, kernel):
+    """Under the tuner a step launches one kernel only, with the candidate's tile."""
+    before = dict(vars(module))
+    q, k, v, do = inputs(20, 33, 16)
+    o, lse = module.forward(q, k, v, False, 0.25, False)
+    with tune.tabled(module, kernel, (16, 16, 4, 1)):
+        got = tune.launch(module, kernel, (q, k, v, o, lse, do), False)
+    assert tune.same(torch, kernel, got, tune.launch(module, kernel, (q, k, v, o, lse, do), False))
+    with tune.only(module, kernel, (32, 16, 4, 1)):
+        assert (32, 16, 4, 1) in getattr(module, tune.KERNELS[kernel][0]).values()
+        running = [n for n in before if n.endswith("_kernel") and vars(module)[n] is before[n]]
+        assert running == [tune.KERNELS[kernel][1]]
+    assert dict(vars(module)) == before
+
+
+@pytest.mark.parametrize("text", ["64,64,4", "64,48,4,2", "0,64,4,2", "a,b,c,d"])
+def test_tuner_refuses_bad_rows(text, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["v3_tma", "--try", text])
+    assert "BLOCK_M,BLOCK_N,num_warps,num_stages" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuner_needs_a_gpu(capsys):
+    assert tune.main(["v3_tma"]) == 2
+    assert "GPU" in capsys.readouterr().err
