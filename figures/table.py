@@ -158,13 +158,14 @@ def capabilities():
     rows = []
     for name, b in records.table().items():
         scores = {"standard": "in memory", "flash": "on chip", "auto": "torch picks"}[b.family]
-        gpu = "any" if b.capability == (0, 0) else "sm_{}{}+".format(*b.capability)
+        gpu = "any" if b.capability == (0, 0) else "sm_{}{}".format(*b.capability)
+        gpu += "" if gpu == "any" else " only" if b.needs else "+"
         dtypes = " ".join(short[str(d).removeprefix("torch.")] for d in b.dtypes)
         backward = "yes" if b.backward else "no"
         cpu = {"native": "yes", "interpreter": "interpreted"}.get(b.cpu, "no")
-        package = (b.package or "").split(".")[0].replace("_", "-")
-        rows.append([f"`{name}`", scores, gpu, dtypes, backward, cpu, package or "–"])
-    header = ["backend", "scores", "GPU", "dtypes on a GPU", "backward", "CPU", "needs"]
+        package = f"`{name}`" if b.package else "–"  # these are called what their package is called
+        rows.append([f"`{name}`", scores, gpu, dtypes, backward, cpu, package])
+    header = ["backend", "scores", "GPU", "dtypes on a GPU", "backward", "CPU", "package"]
     return markdown(header, rows)
 
 
