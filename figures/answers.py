@@ -218,7 +218,7 @@ def _memory(sweep):
         gone = [n for n in sweep.lengths if sweep.status(backend, n) == "oom"]
         mib, scaled = sweep.predicted_mib(backend, gone[0])
         text = f"{records.label(backend)} ran out of memory at {', '.join(map(str, gone))} tokens"
-        if mib is not None and scaled and total and mib < total / 2:
+        if mib is not None and scaled and total and mib < total / 8:
             # Not the backend's own need: what else the process held, or its set-up, filled the GPU.
             text += f", though its line leads to {size(mib)} at {gone[0]}: look at the row's reason"
         elif mib is not None:

@@ -371,3 +371,12 @@ def test_an_unknown_table_and_missing_records_are_errors(reference, capsys):
 
 def test_the_readmes_are_not_stale():
     assert table.main(["--check"]) == 0
+
+
+def test_a_backend_is_not_blamed_for_memory_that_it_does_not_need():
+    """Its line leads to a hundredth of the GPU's memory: something else filled it."""
+    rows = [*cell("flash-attn", 128, 1.0, mib=10.0), *cell("flash-attn", 256, 2.0, mib=20.0)]
+    one = sweep(rows, lost("flash-attn", 512, "oom", "OutOfMemoryError: out"))
+    said = " ".join(answers.words(one))
+    assert "though its line leads to" in said
+    assert "would have needed" not in said
