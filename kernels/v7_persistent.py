@@ -242,8 +242,8 @@ def _uniform(x):
     )
 
 
-# Named barriers, by number: 9 and 10 "V is read", 11 and 12 "K is read", one a stage, of the threads
-# of the consumers and of the producer's warp; 13 to 15 a consumer's turn (see `v6_pingpong`).
+# Named barriers, by number: 9 and 10 "V is read", 11 and 12 "K is read", one a stage, in which the
+# consumers arrive and the producer waits; 13 to 15 a consumer's turn (see `v6_pingpong`).
 
 
 @gluon.jit
