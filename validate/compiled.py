@@ -8,8 +8,8 @@ into a compilation for the named architecture, so that what is read here is what
 the same configuration table, the same specialisations. One line a kernel: registers, spilled bytes,
 shared memory, and the numbers of ptxas' performance warnings (C7510 and its neighbours: matrix
 instructions that should overlap were serialised). Exit code 1 where a kernel spills, needs more
-shared memory than the GPU has, mixes two generations of matrix instructions in a loop, or fails to compile, where a step written for one architecture
-draws a warning, and where nothing was compiled.
+shared memory than the GPU has, mixes two generations of matrix instructions, or fails to compile,
+where a step written for one architecture draws a warning, and where nothing was compiled.
 """
 
 import argparse
@@ -27,6 +27,11 @@ from typing import NamedTuple
 import torch
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
+
+
+# Lengths and query heads to a key head at which launchers are asked: some take other kernels for
+# much work than for little, and grouped heads add a loop.
+SIZES = ((512, 1), (16384, 1), (16384, 4))
 
 
 class Kernel(NamedTuple):
@@ -127,18 +132,19 @@ def compile_only(arch):
             m.capability = capability
 
 
-def compile_step(step, arch, head_dim, dtype, causal, backward=False, n_q=512, n_k=512, group=1):
-    """Compile the kernels that `kernels/<step>.py` launches for one call; a list of Kernel."""
+def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=SIZES):
+    """Compile the kernels that `kernels/<step>.py` launches at these sizes; a list of Kernel."""
     module = importlib.import_module(f"flashstudy.kernels.{step}")
-    q, do, o = (torch.empty(1, 2 * group, n_q, head_dim, dtype=dtype) for _ in range(3))
-    k, v = (torch.empty(1, 2, n_k, head_dim, dtype=dtype) for _ in range(2))
     with compile_only(arch) as kernels:
-        if backward:
-            lse = torch.empty(q.shape[:3], dtype=torch.float32)
-            module.backward(do, q, k, v, o, lse, causal, head_dim**-0.5, False)
-        else:
-            module.forward(q, k, v, causal, head_dim**-0.5, False)
-    return [_read(k, arch) for k in kernels]
+        for n, group in sizes:
+            q, do, o = (torch.empty(1, 2 * group, n, head_dim, dtype=dtype) for _ in range(3))
+            k, v = (torch.empty(1, 2, n, head_dim, dtype=dtype) for _ in range(2))
+            if backward:
+                lse = torch.empty(q.shape[:3], dtype=torch.float32)
+                module.backward(do, q, k, v, o, lse, causal, head_dim**-0.5, False)
+            else:
+                module.forward(q, k, v, causal, head_dim**-0.5, False)
+    return [_read(k, arch) for k in {k.hash: k for k in kernels}.values()]
 
 
 def faults(kernel, arch, tuned):

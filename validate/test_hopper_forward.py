@@ -37,7 +37,7 @@ PROGRAM = """
 import json, sys, torch
 from flashstudy.validate import compiled
 for step, d, causal, n, group in json.loads(sys.argv[1]):
-    k, *more = compiled.compile_step(step, 90, d, torch.bfloat16, causal, n_q=n, n_k=n, group=group)
+    k, *more = compiled.compile_step(step, 90, d, torch.bfloat16, causal, sizes=[(n, group)])
     faults = [f for x in (k, *more) for f in compiled.faults(x, 90, tuned=True)]
     print(json.dumps(dict(sass=k.sass, ptx=k.asm["ptx"], warps=k.warps, faults=faults)))
 """
