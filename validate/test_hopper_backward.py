@@ -1,0 +1,269 @@
+"""The Hopper backward: its machine code, read without a GPU, and its gradients on one.
+
+An edit or another ptxas can serialise the products, spill, or pull a wait forward, and nothing
+fails but the speed. So each shipped configuration is compiled for sm_90 and its loops are read.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from flashstudy.validate import errors
+from flashstudy.validate.test_hopper_forward import main_loops, positions
+
+STEP = "v8_hopper_backward"
+# D, dtype, causal, length, query heads a key head: both tiles, each with and without a masked loop
+CASES = [
+    (64, "bfloat16", False, 512, 1),
+    (64, "bfloat16", False, 500, 1),
+    (64, "float16", True, 512, 1),
+    (128, "bfloat16", False, 512, 1),
+    (128, "bfloat16", False, 500, 1),
+    (128, "bfloat16", True, 512, 1),
+    (128, "float16", True, 500, 4),
+    (96, "bfloat16", True, 300, 1),
+]
+PROGRAM = """
+import json, sys, torch
+from flashstudy.validate import compiled
+for d, dtype, causal, n, group in json.loads(sys.argv[1]):
+    kernels = compiled.compile_step(
+        "v8_hopper_backward", 90, d, getattr(torch, dtype), causal, True, [(n, group)])
+    faults = [f for k in kernels for f in compiled.faults(k, 90, tuned=True)]
+    main, = (k for k in kernels if k.name == "_backward_kernel")
+    print(json.dumps(dict(sass=main.sass, ptx=main.asm["ptx"], warps=main.warps, faults=faults,
+                          names=sorted(k.name for k in kernels))))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """{case: what the compiler made of it}, from a process of its own that does not interpret."""
+    got = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(CASES)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        timeout=900,
+    )
+    assert got.returncode == 0, got.stderr[-4000:]
+    return dict(zip(CASES, map(json.loads, got.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+class TestMachineCode:
+    def test_no_fault(self, kernels, case):
+        """No spills, no C75xx (serialised products), shared memory within bounds; three kernels."""
+        assert kernels[case]["faults"] == []
+        assert kernels[case]["names"] == ["_backward_kernel", "_finish_kernel", "_prepare_kernel"]
+
+    def test_products_are_asynchronous(self, kernels, case):
+        """One arrival and one wait a product: serialised ones would have them singly."""
+        _, _, causal, n, _ = case
+        loops = 1 + (causal or n % 128 != 0)
+        products = 2 * (3 + 5 * loops + 2)  # consumers x (prologue, loops, epilogue)
+        sass = kernels[case]["sass"]
+        assert len(re.findall(r"WARPGROUP\.ARRIVE", sass)) == products
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) == products
+        assert len(re.findall(r"\bHGMMA", sass)) >= 4 * products
+
+    def test_registers_are_reallocated(self, kernels, case):
+        """Both consumers get 240 registers, loader and writer keep 24: unchecked by Triton."""
+        got = re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", kernels[case]["ptx"])
+        assert got.count("240") == 2  # consumer 0 comes down from its 256, consumer 1 goes up
+        assert got.count("24") >= 2
+        assert set(got) == {"24", "120", "240", "256"}
+        assert kernels[case]["warps"] == 12
+
+    def test_named_barriers_do_not_collide(self, kernels, case):
+        """Triton's ids grow from 0, ours start at 8: see `_gluon`."""
+        used = re.findall(r"^\s*bar\.(?:sync|arrive)\s+(\d+)", kernels[case]["ptx"], re.M)
+        used += re.findall(r"^\s*barrier\.sync\s+(\d+)", kernels[case]["ptx"], re.M)
+        assert used
+        assert max(map(int, used)) < 8
+
+    def test_copy_engine_does_the_copying(self, kernels, case):
+        """Q, LSE, dO, delta, K, V arrive by TMA, dQ is added and dV and dK stored by it."""
+        sass = kernels[case]["sass"]
+        assert len(re.findall(r"UTMAREDG\S*ADD", sass)) == 2  # a part of dQ from each consumer
+        assert len(re.findall(r"UTMASTG", sass)) >= 2  # one a consumer, dV and dK may share it
+        assert len(re.findall(r"UTMALDG", sass)) >= 6
+        assert not re.findall(r"\bSTG|\bREDG|\bLDG", sass)
+
+    def test_main_loops(self, kernels, case):
+        """Five products and waits in the order of the source; nothing through local memory."""
+        _, _, causal, n, _ = case
+        loops = main_loops(kernels[case]["sass"])
+        assert len(loops) == 2 * (1 + (causal or n % 128 != 0))
+        for loop in loops:
+            assert not positions(loop, "LDL")
+            assert not positions(loop, "STL")
+            assert len(positions(loop, "WARPGROUP.ARRIVE")) == 5
+            waits = positions(loop, "WARPGROUP.DEPBAR")
+            depths = [int(re.search(r"gsb0, 0x(\d)", loop[i][1])[1]) for i in waits]
+            assert depths == [2, 2, 2, 1, 0]  # for dQ, S, dK, dP, dV
+            dq, s, _, dp, _ = waits
+            exps = positions(loop, "MUFU.EX2")
+            assert len(exps) == 64 * 64 // 128
+            # dV is the product whose A operand sits in registers
+            dv = [i for i in positions(loop, "HGMMA") if re.match(r"R\d+, R\d+", loop[i][1])]
+            assert dv
+            # The exponentials run after S and before dP is waited for, with dK and dP under way.
+            assert s < min(exps) < max(exps) < dp
+            assert s < min(dv) < dp
+            assert len(positions(loop, "BAR.SYNC", "0x8, 0x100")) == 1
+            # dQ goes to shared memory 16 bytes at a time, while S and dK run
+            stores = positions(loop, "STS.128")
+            assert stores
+            assert dq < min(stores)
+
+
+gpu = pytest.mark.gpu
+SHAPES = [
+    # B, H, H_KV, N_Q, N_K
+    (1, 2, 2, 64, 128),
+    (1, 1, 1, 128, 128),
+    (2, 3, 3, 512, 512),
+    (1, 2, 2, 1000, 1000),
+    (1, 2, 2, 100, 300),
+    (1, 2, 2, 300, 100),
+    (1, 2, 1, 1, 239),
+    (1, 1, 1, 239, 1),
+    (1, 6, 2, 257, 391),
+    (2, 8, 2, 640, 1024),
+    (40, 4, 2, 256, 256),
+]
+
+
+def _hopper_only():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0 exactly (Hopper)")
+
+
+def _attention(q, k, v, *, causal=False, scale=None):
+    """The reference's forward, rounded, joined with the step's backward."""
+    from flashstudy.kernels import v8_hopper_backward as step
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            got = errors.compute(q, k, v, causal=causal, scale=scale)
+            o = got["o"].to(q.dtype)
+            ctx.save_for_backward(q, k, v, o, got["lse"].float())
+            return o
+
+        @staticmethod
+        def backward(ctx, do):
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+            return step.backward(do, *ctx.saved_tensors, causal, factor, False)
+
+    return Attention.apply(q, k, v)
+
+
+def _inputs(b, h, h_kv, n_q, n_k, d, dtype=torch.bfloat16, layout="bhnd"):
+    def one(heads, n):
+        if layout == "bnhd":
+            return torch.randn(b, n, heads, d, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(b, heads, n, d, device="cuda", dtype=dtype)
+
+    q, do = one(h, n_q), one(h, n_q)
+    return q, one(h_kv, n_k), one(h_kv, n_k), do
+
+
+@gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_gradients(shape, d, causal):
+    _hopper_only()
+    verdict = errors.check(_attention, *_inputs(*shape, d), causal=causal)
+    assert verdict.ok, verdict.reasons
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("d", "dtype", "layout"),
+    [
+        (32, torch.bfloat16, "bhnd"),
+        (59, torch.bfloat16, "bhnd"),  # rows that the copy engine cannot address: copied
+        (96, torch.float16, "bhnd"),
+        (123, torch.bfloat16, "bhnd"),
+        (64, torch.float16, "bnhd"),
+        (128, torch.bfloat16, "bnhd"),
+    ],
+)
+def test_other_head_dims_and_strides(d, dtype, layout):
+    _hopper_only()
+    inputs = _inputs(1, 4, 2, 333, 333, d, dtype, layout)
+    verdict = errors.check(_attention, *inputs, causal=True, scale=0.3)
+    assert verdict.ok, verdict.reasons
+
+
+@gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("n", [64, 128, 192, 1000, 2048])  # 1, 2, 3 query tiles; ragged; many
+def test_dk_and_dv_repeat_bit_by_bit(n, d, causal):
+    """A hundred calls into memory full of NaN, with another stream at work beside them."""
+    _hopper_only()
+    from flashstudy.kernels import v8_hopper_backward as step
+
+    q, k, v, do = _inputs(2, 8, 8, n, n, d)
+    got = errors.compute(q, k, v, causal=causal)
+    args = (do, q, k, v, got["o"].to(q.dtype), got["lse"].float(), causal, d**-0.5, False)
+    _, dk, dv = step.backward(*args)
+    beside, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    for _ in range(100):
+        dirt = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
+        del dirt
+        with torch.cuda.stream(beside):
+            noise @ noise
+        dq, *again = step.backward(*args)
+        assert torch.equal(dk, again[0])
+        assert torch.equal(dv, again[1])
+        assert dq.isfinite().all()
+
+
+@gpu
+def test_a_row_without_keys_gives_zero():
+    _hopper_only()
+    from flashstudy.kernels import v8_hopper_backward as step
+
+    q, k, v, do = _inputs(1, 2, 2, 300, 100, 64)
+    got = errors.compute(q, k, v, causal=True)
+    lse = got["lse"].float()
+    assert torch.isneginf(lse[..., :200]).all()
+    dq, dk, dv = step.backward(do, q, k, v, got["o"].to(q.dtype), lse, True, 0.125, False)
+    assert not dq[..., :200, :].any()
+    assert all(t.isfinite().all() for t in (dq, dk, dv))
+
+
+def test_what_the_copy_engine_cannot_address_is_copied():
+    from flashstudy.kernels.v8_hopper_backward import _tma_ready
+
+    whole = torch.randn(2, 40, 3, 64, dtype=torch.float16)
+    view = whole.transpose(1, 2)
+    assert _tma_ready(view) is view
+    odd = torch.randn(2, 3, 40, 59, dtype=torch.float16)
+    for t in (odd, whole[..., 1:].transpose(1, 2), whole[:, :1].expand(2, 40, 3, 64), view.mT):
+        copy = _tma_ready(t)
+        assert copy.shape[-1] % 8 == 0
+        assert copy.is_contiguous()
+        assert torch.equal(copy[..., : t.shape[-1]], t)
+
+
+def test_refuses_what_it_cannot_take():
+    from flashstudy.kernels.v8_hopper_backward import backward
+
+    def call(d, dtype):
+        t = torch.empty(1, 1, 8, d, dtype=dtype)
+        return backward(t, t, t, t, t, torch.empty(1, 1, 8), False, 1.0, False)
+
+    with pytest.raises(ValueError, match="q: expected a head dim of at most 128, got 192"):
+        call(192, torch.float16)
+    with pytest.raises(ValueError, match="q: expected a dtype among"):
+        call(64, torch.float32)
