@@ -40,9 +40,9 @@ def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32
 
     q (B, H, N_Q, D), k and v (B, H_KV, N_K, D), H_KV dividing H, any lengths, D from 1 to 256,
     fp16, bf16 or fp32 (allow_tf32 trades its accuracy for tensor cores), any strides with a
-    contiguous last dim. causal is aligned bottom-right; a row that sees no key gives 0. scale is 1/sqrt(D)
-    unless given. With return_lse also the logarithm of each row's sum of exponentials, (B, H, N_Q)
-    in fp32, without a gradient. Gradients repeat bit by bit.
+    contiguous last dim. causal is aligned bottom-right; a row that sees no key gives 0. scale is
+    1/sqrt(D) unless given. With return_lse also the logarithm of each row's sum of exponentials,
+    (B, H, N_Q) in fp32, without a gradient. Gradients repeat bit by bit.
 
     Raises ValueError where the arguments do not fit.
     """

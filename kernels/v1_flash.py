@@ -272,44 +272,29 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # Queries before lo see none of these keys, those from full on see all of them. Keys past the
-    # end need no mask: they only make rows of dk and dv that are not stored.
-    lo, full = 0, 0
+    # Queries before lo see none of these keys. Keys past the end need no mask: they only make rows
+    # of dk and dv that are not stored. Causal, every tile is masked: a second loop for the full
+    # ones, as in the other kernels, would need more registers than a thread has.
+    lo = 0
     if CAUSAL:
         lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (N_K - N_Q), 0), BLOCK_M) * BLOCK_M
     for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):  # the heads of queries that share k and v
         q_head = q_ptr + b * stride_qb + h * stride_qh
         do_head = do_ptr + b * stride_dob + h * stride_doh
         row = (b * H + h) * N_Q
-        for MASKED in tl.static_range(2 if CAUSAL else 1):
-            first, last = (lo, tl.minimum(full, N_Q)) if MASKED else (full, N_Q)
-            for start_m in tl.range(first, last, BLOCK_M, num_stages=1 if MASKED else None):
-                offs_m = start_m + tl.arange(0, BLOCK_M)
-                q = _load(q_head, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-                do = _load(do_head, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)
-                # Past the end lse is inf, which makes p and ds 0.
-                lse = tl.load(lse_ptr + row + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
-                delta = tl.load(delta_ptr + row + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
-                p, ds = _p_and_ds(
-                    q,
-                    do,
-                    k,
-                    v,
-                    lse,
-                    delta,
-                    offs_m,
-                    offs_n,
-                    scale,
-                    N_Q,
-                    N_K,
-                    CAUSAL,
-                    MASKED,
-                    PRECISION,
-                )
-                p, ds = p.to(do.dtype), ds.to(q.dtype)
-                dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)  # line 12
-                dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)  # line 16
+        for start_m in range(lo, N_Q, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = _load(q_head, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            do = _load(do_head, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            # Past the end lse is inf, which makes p and ds 0.
+            lse = tl.load(lse_ptr + row + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
+            delta = tl.load(delta_ptr + row + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+            p, ds = _p_and_ds(
+                q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, CAUSAL, PRECISION
+            )
+            p, ds = p.to(do.dtype), ds.to(q.dtype)
+            dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)  # line 12
+            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)  # line 16
 
     _store(dk_ptr, offs_n, stride_dkn, N_K, dk * scale, HEAD_DIM, BLOCK_D)  # line 18
     _store(dv_ptr, offs_n, stride_dvn, N_K, dv, HEAD_DIM, BLOCK_D)

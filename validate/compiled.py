@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -29,9 +30,7 @@ import torch
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 
 
-# Lengths and query heads to a key head at which launchers are asked: some take other kernels for
-# much work than for little, and grouped heads add a loop.
-SIZES = ((512, 1), (16384, 1), (16384, 4))
+LENGTHS = (512, 16384)  # some launchers take another kernel for much work than for little
 
 
 class Kernel(NamedTuple):
@@ -54,12 +53,23 @@ class Kernel(NamedTuple):
             return _tool("nvdisasm", "-c", f.name).stdout
 
 
-def _tool(name, *args):
-    """Run one of the CUDA tools that Triton ships."""
+def _tool(path, *args):
+    """Run one of the CUDA tools that Triton ships, by its name or path."""
     import triton
 
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / path
     return subprocess.run([path, *args], capture_output=True, text=True, check=True)
+
+
+@functools.cache
+def _ptxas(arch):
+    """The assembler that Triton uses for an architecture, and the options that it gives it."""
+    from triton.backends.nvidia import compiler
+
+    options = ["-lineinfo", "-v"]
+    if "--regAllocOptLevel=2" in inspect.getsource(compiler.CUDABackend.make_cubin):
+        options.append("--regAllocOptLevel=2")  # newer versions
+    return compiler.get_ptxas(arch).path, *options
 
 
 def _read(kernel, arch):
@@ -68,7 +78,7 @@ def _read(kernel, arch):
         ptx = Path(folder, "k.ptx")
         ptx.write_text(kernel.asm["ptx"])
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M).group(1)
-        log = _tool("ptxas", "-v", f"--gpu-name={target}", str(ptx), "-o", f"{ptx}.cubin").stderr
+        log = _tool(*_ptxas(arch), f"--gpu-name={target}", ptx, "-o", f"{ptx}.cubin").stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Kernel(
         name=kernel.metadata.name,
@@ -132,11 +142,14 @@ def compile_only(arch):
             m.capability = capability
 
 
-def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=SIZES):
-    """Compile the kernels that `kernels/<step>.py` launches at these sizes; a list of Kernel."""
+def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=None):
+    """Compile the kernels that `kernels/<step>.py` launches; a list of Kernel.
+
+    sizes: pairs (N, query heads to a key head); by default LENGTHS without grouping.
+    """
     module = importlib.import_module(f"flashstudy.kernels.{step}")
     with compile_only(arch) as kernels:
-        for n, group in sizes:
+        for n, group in sizes or [(n, 1) for n in LENGTHS]:
             q, do, o = (torch.empty(1, 2 * group, n, head_dim, dtype=dtype) for _ in range(3))
             k, v = (torch.empty(1, 2, n, head_dim, dtype=dtype) for _ in range(2))
             if backward:
@@ -186,9 +199,10 @@ def main(argv=None):
     parser.add_argument("--arch", nargs="+", type=int, choices=list(SHARED_LIMIT), default=[80, 90])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["bfloat16", "float32"])
+    parser.add_argument("--group", type=int, default=1, help="query heads to a key head")
     args = parser.parse_args(argv)
 
-    rows, bad = [], 0
+    rows, bad, sizes = [], 0, [(n, args.group) for n in LENGTHS]
     cases = [
         (step, arch, d, dtype, causal, backward)
         for step in args.steps
@@ -202,12 +216,17 @@ def main(argv=None):
     for step, arch, d, dtype, causal, backward in progress:
         row = steps()[step]
         lowest = row.capability[0] * 10 + row.capability[1]
-        if arch < lowest or dtypes[dtype] not in row.dtypes or (backward and not row.backward):
+        if (
+            arch < lowest
+            or (row.needs and arch != lowest)
+            or dtypes[dtype] not in row.dtypes
+            or (backward and not row.backward)
+        ):
             continue
         what = [step, f"sm_{arch}", d, dtype, "causal" if causal else "full"]
         progress.set_description(" ".join(map(str, what)))
-        for kernel in compile_step(step, arch, d, dtypes[dtype], causal, backward):
-            why = faults(kernel, arch, tuned=lowest == 90)
+        for kernel in compile_step(step, arch, d, dtypes[dtype], causal, backward, sizes):
+            why = faults(kernel, arch, tuned=row.needs is not None)
             bad += bool(why)
             numbers = [kernel.registers, kernel.spills, kernel.shared, " ".join(kernel.warnings)]
             rows.append([*what, kernel.name, *numbers, "; ".join(why)])
