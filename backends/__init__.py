@@ -44,9 +44,9 @@ BACKENDS = {
     "v1_flash": Backend("v1 flash", "flash", "kernels.v1_flash:attention", None, (8, 0), cpu="interpreter"),
     "v2_lean": Backend("v2 lean", "flash", "kernels.v2_lean:attention", None, (8, 0), cpu="interpreter"),
     "v3_tma": Backend("v3 TMA", "flash", "kernels.v3_tma:attention", None, (8, 0), cpu="interpreter"),
-    "v5_warp_specialized": Backend("v5 warp-specialised", "flash", "kernels.v5_warp_specialized:attention", None, (9, 0), HALF, False, needs=HOPPER),
-    "v6_pingpong": Backend("v6 ping-pong", "flash", "kernels.v6_pingpong:attention", None, (9, 0), HALF, False, needs=HOPPER),
-    "v7_persistent": Backend("v7 persistent", "flash", "kernels.v7_persistent:attention", None, (9, 0), HALF, False, needs=HOPPER),
+    "v4_warp_specialized": Backend("v4 warp-specialised", "flash", "kernels.v4_warp_specialized:attention", None, (9, 0), HALF, False, needs=HOPPER),
+    "v5_pingpong": Backend("v5 ping-pong", "flash", "kernels.v5_pingpong:attention", None, (9, 0), HALF, False, needs=HOPPER),
+    "v6_persistent": Backend("v6 persistent", "flash", "kernels.v6_persistent:attention", None, (9, 0), HALF, False, needs=HOPPER),
 }  # fmt: skip
 
 

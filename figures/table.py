@@ -93,6 +93,18 @@ def memory_fit():
     return markdown(header, rows) + caption(one, "seqlen")
 
 
+def short_calls():
+    """Attention alone at the shortest length, by the GPU's clock and by the host's, in µs."""
+    one = sweeps("seqlen", scope="attention", direction="forward")[0]
+    n = one.lengths[0]
+    rows = []
+    for backend in one.backends("ok"):
+        found = [one.at(backend, n, metric) for metric in ("graph_ms", "host_ms")]
+        us = ["–" if r is None or r["p50"] is None else f"{r['p50'] * 1e3:.1f}" for r in found]
+        rows.append([records.label(backend), *us])
+    return markdown(["", "GPU (graph replay)", "host (eager call)"], rows) + caption(one, "seqlen")
+
+
 def answer():
     return "\n".join(" ".join(answers.words(one)) + "\n" for one in sweeps("seqlen"))
 
@@ -186,6 +198,7 @@ TABLES = {
     "crossover-block": lambda: crossovers("block"),
     "crossover-attention": lambda: crossovers("attention"),
     "memory-fit": memory_fit,
+    "short-calls": short_calls,
     "mixed": mixed,
 } | GRID_TABLES
 

@@ -16,7 +16,7 @@ HOPPER_MIN_KEYS = 4096  # or so many keys: few queries over many keys are split 
 def choose(q, k, v):
     """Name of the step that `attention` runs for these tensors; the whole rule.
 
-    `v7_persistent` where it can run and pays: a Hopper GPU, half precision, a head dim divisible by
+    `v6_persistent` where it can run and pays: a Hopper GPU, half precision, a head dim divisible by
     8, storage and strides in multiples of 16 bytes, no gradient asked for (it has no backward), not
     inside torch.compile, and work enough to outlast its launch. `v3_tma` everywhere else; on GPUs
     without a tensor copy engine it is `v2_lean` with other tiles.
@@ -32,7 +32,7 @@ def choose(q, k, v):
         return "v3_tma"
     if any((t.data_ptr() | (t.stride(i) * 2)) & 15 for t in (q, k, v) for i in range(3)):
         return "v3_tma"
-    return "v3_tma" if _gluon.why_not(q.device) else "v7_persistent"
+    return "v3_tma" if _gluon.why_not(q.device) else "v6_persistent"
 
 
 def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32=False):
@@ -47,8 +47,8 @@ def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32
     Raises ValueError where the arguments do not fit.
     """
     step = v3_tma
-    if q.ndim == k.ndim == v.ndim == 4 and choose(q, k, v) == "v7_persistent":
-        from . import v7_persistent as step
+    if q.ndim == k.ndim == v.ndim == 4 and choose(q, k, v) == "v6_persistent":
+        from . import v6_persistent as step
     return step.attention(
         q, k, v, causal=causal, scale=scale, return_lse=return_lse, allow_tf32=allow_tf32
     )

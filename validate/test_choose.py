@@ -25,8 +25,8 @@ def hopper(monkeypatch):
 
 def test_hopper_gets_the_hopper_step(hopper):
     t = tensor()
-    assert choose(t, t, t) == "v7_persistent"
-    assert choose(tensor(n=1), t, t) == "v7_persistent"  # decoding
+    assert choose(t, t, t) == "v6_persistent"
+    assert choose(tensor(n=1), t, t) == "v6_persistent"  # decoding
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_it_cannot_take_or_would_not_gain_goes_to_the_portable_step(hopper,
 def test_no_gradient_is_needed_under_no_grad(hopper):
     t = tensor(requires_grad=True)
     with torch.no_grad():
-        assert choose(t, t, t) == "v7_persistent"
+        assert choose(t, t, t) == "v6_persistent"
 
 
 def test_other_gpus_get_the_portable_step(monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from flashstudy.validate import errors
 from flashstudy.validate.test_hopper_forward import main_loops, positions
 
-STEP = "v8_hopper_backward"
+STEP = "v7_hopper_backward"
 # D, dtype, causal, length, query heads a key head: both tiles, each with and without a masked loop
 CASES = [
     (64, "bfloat16", False, 512, 1),
@@ -32,7 +32,7 @@ import json, sys, torch
 from flashstudy.validate import compiled
 for d, dtype, causal, n, group in json.loads(sys.argv[1]):
     kernels = compiled.compile_step(
-        "v8_hopper_backward", 90, d, getattr(torch, dtype), causal, True, [(n, group)])
+        "v7_hopper_backward", 90, d, getattr(torch, dtype), causal, True, [(n, group)])
     faults = [f for k in kernels for f in compiled.faults(k, 90, tuned=True)]
     main, = (k for k in kernels if k.name == "_backward_kernel")
     print(json.dumps(dict(sass=main.sass, ptx=main.asm["ptx"], warps=main.warps, faults=faults,
@@ -146,7 +146,7 @@ def _hopper_only():
 
 def _attention(q, k, v, *, causal=False, scale=None):
     """The reference's forward, rounded, joined with the step's backward."""
-    from flashstudy.kernels import v8_hopper_backward as step
+    from flashstudy.kernels import v7_hopper_backward as step
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -210,7 +210,7 @@ def test_other_head_dims_and_strides(d, dtype, layout):
 def test_dk_and_dv_repeat_bit_by_bit(n, d, causal):
     """A hundred calls into memory full of NaN, with another stream at work beside them."""
     _hopper_only()
-    from flashstudy.kernels import v8_hopper_backward as step
+    from flashstudy.kernels import v7_hopper_backward as step
 
     q, k, v, do = _inputs(2, 8, 8, n, n, d)
     got = errors.compute(q, k, v, causal=causal)
@@ -231,7 +231,7 @@ def test_dk_and_dv_repeat_bit_by_bit(n, d, causal):
 @gpu
 def test_a_row_without_keys_gives_zero():
     _hopper_only()
-    from flashstudy.kernels import v8_hopper_backward as step
+    from flashstudy.kernels import v7_hopper_backward as step
 
     q, k, v, do = _inputs(1, 2, 2, 300, 100, 64)
     got = errors.compute(q, k, v, causal=True)
@@ -243,7 +243,7 @@ def test_a_row_without_keys_gives_zero():
 
 
 def test_what_the_copy_engine_cannot_address_is_copied():
-    from flashstudy.kernels.v8_hopper_backward import _tma_ready
+    from flashstudy.kernels.v7_hopper_backward import _tma_ready
 
     whole = torch.randn(2, 40, 3, 64, dtype=torch.float16)
     view = whole.transpose(1, 2)
@@ -257,7 +257,7 @@ def test_what_the_copy_engine_cannot_address_is_copied():
 
 
 def test_refuses_what_it_cannot_take():
-    from flashstudy.kernels.v8_hopper_backward import backward
+    from flashstudy.kernels.v7_hopper_backward import backward
 
     def call(d, dtype):
         t = torch.empty(1, 1, 8, d, dtype=dtype)

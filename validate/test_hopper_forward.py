@@ -15,23 +15,23 @@ import pytest
 
 # step, D, causal, length, heads of q a head of k: every row of the steps' tables, every variant
 CASES = [
-    ("v5_warp_specialized", 64, True, 600, 1),
-    ("v5_warp_specialized", 128, True, 600, 1),
-    ("v5_warp_specialized", 256, False, 600, 1),
-    ("v6_pingpong", 64, True, 600, 1),
-    ("v6_pingpong", 128, False, 600, 1),
-    ("v6_pingpong", 128, True, 600, 1),
-    ("v6_pingpong", 256, True, 600, 1),
-    ("v7_persistent", 64, False, 600, 1),
-    ("v7_persistent", 64, True, 600, 1),  # dealt
-    ("v7_persistent", 64, False, 2048, 1),  # three consumers
-    ("v7_persistent", 64, True, 16384, 1),  # three consumers, drawn
-    ("v7_persistent", 128, False, 2048, 1),
-    ("v7_persistent", 128, True, 16384, 1),
-    ("v7_persistent", 128, True, 5, 8),  # packed
-    ("v7_persistent", 256, False, 2048, 1),
-    ("v7_persistent", 256, True, 16384, 1),
-    ("v7_persistent", 256, True, 5, 8),
+    ("v4_warp_specialized", 64, True, 600, 1),
+    ("v4_warp_specialized", 128, True, 600, 1),
+    ("v4_warp_specialized", 256, False, 600, 1),
+    ("v5_pingpong", 64, True, 600, 1),
+    ("v5_pingpong", 128, False, 600, 1),
+    ("v5_pingpong", 128, True, 600, 1),
+    ("v5_pingpong", 256, True, 600, 1),
+    ("v6_persistent", 64, False, 600, 1),
+    ("v6_persistent", 64, True, 600, 1),  # dealt
+    ("v6_persistent", 64, False, 2048, 1),  # three consumers
+    ("v6_persistent", 64, True, 16384, 1),  # three consumers, drawn
+    ("v6_persistent", 128, False, 2048, 1),
+    ("v6_persistent", 128, True, 16384, 1),
+    ("v6_persistent", 128, True, 5, 8),  # packed
+    ("v6_persistent", 256, False, 2048, 1),
+    ("v6_persistent", 256, True, 16384, 1),
+    ("v6_persistent", 256, True, 5, 8),
 ]
 PROGRAM = """
 import json, sys, torch
@@ -86,7 +86,7 @@ def positions(loop, opcode, operand=""):
 
 def consumers(case):
     step, d, causal, n, _ = case
-    return 3 if step[:2] == "v7" and d == 64 and n >= (8192 if causal else 1024) else 2
+    return 3 if step[:2] == "v6" and d == 64 and n >= (8192 if causal else 1024) else 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
@@ -98,8 +98,8 @@ class TestMachineCode:
     def test_products_are_asynchronous(self, kernels, case):
         """One arrival a product, and many wgmmas to each: serialised ones would arrive singly."""
         step, _, causal, _, _ = case
-        # v5: two products in each of two loops. Then: the first QKᵀ, two in each loop, the last PV.
-        products = 4 if step[:2] == "v5" else 2 + 2 * (1 + causal)
+        # v4: two products in each of two loops. Then: the first QKᵀ, two in each loop, the last PV.
+        products = 4 if step[:2] == "v4" else 2 + 2 * (1 + causal)
         sass = kernels[case]["sass"]
         assert len(re.findall(r"WARPGROUP\.ARRIVE", sass)) == products * consumers(case)
         assert len(re.findall(r"\bHGMMA", sass)) >= 4 * products * consumers(case)
@@ -122,7 +122,7 @@ class TestMachineCode:
         """Two products and two waits in the order of the source; no trip through local memory."""
         step, d, causal, _, _ = case
         loops = main_loops(kernels[case]["sass"])
-        masked = causal or step[:2] == "v5"
+        masked = causal or step[:2] == "v4"
         assert len(loops) == (1 + masked) * consumers(case)
         for loop in loops:
             assert not positions(loop, "LDL")
@@ -132,7 +132,7 @@ class TestMachineCode:
             assert len(exps) == (64 if d == 256 else 128) // 2 + 2  # of p, and two of alpha
             products = positions(loop, "HGMMA")
             one, zero = (positions(loop, "WARPGROUP.DEPBAR", f"gsb0, 0x{n}") for n in (1, 0))
-            if step[:2] == "v5":
+            if step[:2] == "v4":
                 assert len(one) == 0
                 assert len(zero) == 2
                 assert zero[0] < min(exps)
@@ -146,7 +146,7 @@ class TestMachineCode:
                 given = positions(loop, "BAR.ARV", "0x100")
                 assert len(given) == 1
                 assert max(products) < given[0] < one[0]
-            if step[:2] == "v7":  # K and V are given back after the wait for their reader
+            if step[:2] == "v6":  # K and V are given back after the wait for their reader
                 k_empty, v_empty = positions(loop, "BAR.ARV", "0x120|0x1a0")
                 assert one[0] < k_empty
                 assert zero[0] < v_empty

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCE = Path(__file__).parents[1] / "kernels" / "v7_persistent.py"
+SOURCE = Path(__file__).parents[1] / "kernels" / "v6_persistent.py"
 SLEEP = (
     'gl.inline_asm_elementwise("nanosleep.u32 {}; mov.u32 $0, $1;", "=r,r,~{{memory}}",'
     " [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)"
@@ -48,7 +48,7 @@ def slowed(source, name):
     indent = head[head.rindex("\n") + 1 :]
     sleep = SLEEP.format(ns) if who is None else f"if {who}:\n{indent}    {SLEEP.format(ns)}"
     text = f"{head}{sleep}\n{indent}{found}{tail}"
-    return text.replace('operator("v7_persistent"', f'operator("v7_late_{name.replace("-", "_")}"')
+    return text.replace('operator("v6_persistent"', f'operator("v7_late_{name.replace("-", "_")}"')
 
 
 def load(path, name):
@@ -61,7 +61,7 @@ def load(path, name):
 
 def compare(path, repeats):
     """Run the kernel in file `path` against the plain one, beside products on another stream."""
-    from flashstudy.kernels import v7_persistent as plain
+    from flashstudy.kernels import v6_persistent as plain
 
     late, side = load(path, "late"), torch.cuda.Stream()
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
@@ -93,7 +93,7 @@ def run(path, repeats):
 def hopper():
     from flashstudy.backends import why_not
 
-    if (reason := why_not("v7_persistent")) is not None:
+    if (reason := why_not("v6_persistent")) is not None:
         pytest.skip(reason)
 
 

@@ -1,68 +1,55 @@
-"""Hopper, first step: some warps only load, the others only compute.
+"""Hopper, second step: the tensor cores multiply while the warps exponentiate.
 
-In a portable kernel every warp does everything: it asks for a tile, waits, multiplies and
-exponentiates. Hopper has two engines that work on their own once asked, the tensor memory
-accelerator (TMA) that copies tiles and the tensor cores under `wgmma`, and one thread is enough to
-ask the first. So give the copying to a warp of its own, and let two warpgroups (4 warps, what a
-wgmma is issued by) do nothing but arithmetic. This step is written in Gluon, Triton's lower layer:
-the compiler no longer decides which warps do what, where a tile lives or when to wait. The file
-does.
+In `v4_warp_specialized` a consumer multiplies, waits, exponentiates, multiplies, waits. A tile of
+D=128 takes the tensor cores 1024 clocks (64 rows, 128 keys, both products), its softmax some 450
+issue slots of each scheduler. One after the other, each engine idles while the other works. The
+data allow better, in two ways (FlashAttention-3, arXiv 2407.08608).
 
-    one program = one tile of 128 queries of a head
+**Overlap within a consumer** (its algorithm 2). The scores of tile i do not depend on the product
+of P and V of tile i - 1. So issue both together, and do the softmax of tile i as soon as the first
+of them is done:
 
-     ┌────────────┐  Q, K, V tiles     ┌───────── shared memory ─────────┐
-     │ producer   │ ─────────────────> │ q_bufs[2]  k_bufs[2]  v_bufs[2] │
-     │ 1 warp     │     TMA            └──┬──────────────────────────┬───┘
-     └────────────┘                       │                          │
-                                 ┌────────┴─────────┐       ┌────────┴─────────┐
-                                 │ consumer 0       │       │ consumer 1       │
-                                 │ rows 0 to 63     │       │ rows 64 to 127   │
-                                 │ wgmma, softmax   │       │ wgmma, softmax   │
-                                 └──────────────────┘       └──────────────────┘
+    issue   S = Q K[i]ᵀ            wgmma runs in the background, in order; `warpgroup_mma_wait(1)`
+    issue   O = O + P V[i-1]       returns when all but the newest one have finished: S is there,
+    wait(1) softmax of S           PV may still run
+    wait(0) rescale O, P = new P
 
-**The ring.** K has two buffers, V too. The producer fills them in turn, 0, 1, 0, 1, …, ahead by as
-many tiles as there are buffers; the consumers follow in the same order. Tile i lives in stage
-i % STAGES. Each stage needs two messages: *ready*, from the producer, "the tile is here", and
-*empty*, from the consumers, "we have read it, overwrite it".
+The state that a step hands to the next is P, not yet multiplied; the first tile has no PV before it
+and the last needs one after it.
 
-**The barriers.** A message is an mbarrier, 8 bytes in shared memory that count arrivals. `ready`
-expects one arrival, and a number of bytes: TMA subtracts what it has copied, and the barrier
-completes when nothing is left. `empty` expects one arrival of each consumer.
+**Ping-pong between consumers** (section 3.1). Two warpgroups that both want the tensor cores at the
+same time also both exponentiate at the same time afterwards. Make them take turns: a consumer
+issues its two products only when the other has issued its own. Then each softmax lies under the
+other's products.
 
-**The phase.** A barrier is used again and again, so a waiter must say which completion it means.
-It counts them modulo 2: phase 0 is the first completion, phase 1 the second, phase 0 the third. The
-stage of tile i has been used i // STAGES times before, hence (i // STAGES) & 1. `wait(b, p)`
-returns once phase p has completed; a new barrier behaves as if phase 1 just had, which is why the
-producer, waiting for phase ^ 1 of `empty`, finds the whole ring free at first, without a special
-case.
+    tensor cores │ QK₀ PV₀ │ QK₁ PV₁ │ QK₀ PV₀ │ QK₁ PV₁ │ …        ₀ ₁: of which consumer
+    consumer 0   │         softmax   │         softmax   │
+    consumer 1   │ softmax │         softmax   │         softmax
+                           ^ turn passes to 1  ^ to 0    ^ to 1
 
-    tile i     0        1        2        3        4        STAGES = 2
-    stage      0        1        0        1        0
-    phase      0        0        1        1        0        consumers wait(ready[stage], phase)
-                                                            producer wait(empty[stage], phase ^ 1)
+A turn is a named barrier of the CTA, counted in threads: 128 that wait plus 128 that have arrived
+without waiting make 256. Barrier WHICH means "consumer WHICH may issue". Consumer 1 gives the first
+turn away before it starts; from then on each turn is taken once and given once, and at the end
+consumer 0 takes the one that is left over, so that no barrier is left half full. Both make the same
+number of steps, or the turns would stop coming: that number belongs to the tile, not to the rows.
 
-    producer   K0 V0 K1 V1 ······ K2 V2 ············ K3 V3    · waits for `empty`
-    consumers  ·· QK0 softmax PV0 QK1 softmax PV1 QK2 …       · waits for `ready`
+ptxas moves the second wait up in front of most exponentials: P V is waited for early, and what is
+left of the overlap is the one between consumers. A basic block between the two, which keeps the
+order of the source, gained nothing on an H200: with turns, the other consumer's products fill that
+time.
 
-Within a consumer nothing overlaps yet: QKᵀ, wait, softmax, PV, wait, and so the tensor cores stand
-still while a consumer exponentiates, unless the other happens to multiply just then. `v6_pingpong`
-sees to that.
+At D=256 a tile has 64 keys, hence half the exponentials for the same products: little to hide, and
+the turns cost more than they bring. They are off there.
 
-The maths is the one of `v1_flash` (FlashAttention-2, arXiv 2307.08691, algorithm 1); the roles are
-those of FlashAttention-3 (arXiv 2407.08608, algorithm 1). K tiles go right to left, so that those
-that need a mask, on the diagonal or at the end of the keys, come first.
+Also new: the sum of a row stays in pieces, one for each of the 4 lanes that hold the row, and is
+added up once at the end rather than by shuffles in every step.
 
-What lives where: Q, K and V tiles in shared memory (D=128: 32 + 64 + 64 KiB), scores, probabilities
-and output in registers: the accumulator of QKᵀ is, value by value, where the A operand of PV is
-expected, so P never leaves them. O goes back through the shared memory of Q, and by TMA to the
-device. HBM traffic as in `v1_flash`.
-
-Limits: Hopper only (compute capability 9.0); fp16 and bf16; head dims that are multiples of 8,
-computed as the next of 64, 128, 256; no backward.
+Otherwise as `v4_warp_specialized`: one program a tile of 128 queries, a producer warp, rings of two
+K and two V tiles, phases, masks. Limits and memory traffic are the same.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-22),
-TFLOP/s at N = 512 / 2048 / 16384, D=128: full 406 / 522 / 576, causal 258 / 427 / 587. cuDNN in the
-same run, 519 / 620 / 651 and 327 / 499 / 586.
+TFLOP/s at N = 512 / 2048 / 16384, D=128: full 427 / 607 / 658, causal 265 / 504 / 656. In the same
+run `v4_warp_specialized` had 406 / 522 / 576 and 258 / 427 / 587.
 """
 
 from typing import NamedTuple
@@ -79,7 +66,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import _gluon, _host
-from ._gluon import aggregate, tma_load, tma_store, tma_store_wait
+from ._gluon import (
+    aggregate,
+    barrier_arrive,
+    barrier_sync,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+)
 
 CONSUMERS, ROWS = 2, 64  # warpgroups that compute, and the rows of each: the M of a wgmma
 
@@ -88,14 +82,15 @@ class Config(NamedTuple):
     head_dim: int  # of the tile: the tensor's, or more, filled with zeros
     block_n: int  # keys a tile
     stages: int  # tiles in the ring
+    pingpong: bool  # the consumers take turns
 
 
 # By head dim of the tile. 227 KiB of shared memory and 240 registers a thread of a consumer are the
 # bounds: an accumulator is ROWS × (block_n + head_dim) / 128 of them.
 CONFIGS = {
-    64: Config(64, 128, 2),
-    128: Config(128, 128, 2),
-    256: Config(256, 64, 2),
+    64: Config(64, 128, 2, True),
+    128: Config(128, 128, 2, True),
+    256: Config(256, 64, 2, False),
 }
 
 
@@ -131,12 +126,13 @@ class Work:
     N_K: gl.tensor
     H: gl.tensor
     CAUSAL: gl.constexpr
+    PINGPONG: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, q_desc, k_desc, v_desc, o_desc, lse_ptr, q_bufs, k_bufs, v_bufs, q_ready, k_ready,
         k_empty, v_ready, v_empty, scale_log2, b, h, h_kv, start_m, n_tiles, n_masked, N_Q, N_K, H,
-        CAUSAL,
+        CAUSAL, PINGPONG,
     ):  # fmt: skip
         self.q_desc, self.k_desc, self.v_desc, self.o_desc = q_desc, k_desc, v_desc, o_desc
         self.lse_ptr = lse_ptr
@@ -147,7 +143,7 @@ class Work:
         self.b, self.h, self.h_kv, self.start_m = b, h, h_kv, start_m
         self.n_tiles, self.n_masked = n_tiles, n_masked
         self.N_Q, self.N_K, self.H = N_Q, N_K, H
-        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.CAUSAL, self.PINGPONG = gl.constexpr(CAUSAL), gl.constexpr(PINGPONG)
 
 
 @gluon.jit
@@ -188,71 +184,145 @@ def _mask(s, visible):
 
 
 @gluon.jit
-def _step(w, q_smem, zero, acc, m_i, l_i, visible, i, MASKED: gl.constexpr):
-    """One tile of keys (algorithm 1 of FlashAttention-2, lines 8 to 10)."""
-    STAGES: gl.constexpr = w.k_bufs.shape[0]
-    BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
-    HEAD_DIM: gl.constexpr = w.k_bufs.shape[4]
-    o_rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    stage = i % STAGES
-    phase = i // STAGES & 1
+def _lane_sums(p):
+    """[ROWS, BLOCK_N] -> [ROWS, 4]: sum what each of the 4 lanes of a row holds, no shuffles."""
+    parts = gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2])  # columns 8j + 2 · lane + {0, 1}
+    return gl.sum(gl.sum(parts, 3), 1)
 
-    mbarrier.wait(w.k_ready.index(stage), phase)
-    k_smem = w.k_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
-    s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, [s])  # [ROWS, BLOCK_N]
-    mbarrier.arrive(w.k_empty.index(stage), count=1)
 
-    if MASKED:
-        s = _mask(s, visible - (w.n_tiles - 1 - i) * BLOCK_N)
+@gluon.jit
+def _softmax(w, s, m_i, l_i, MASKED: gl.constexpr):
+    """Online softmax of a tile (algorithm 1 of FlashAttention-2, line 9): p, alpha, m_i, l_i."""
     m_new = gl.maximum(m_i, gl.max(s, 1))
     m_log2 = m_new * w.scale_log2
     if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
         m_log2 = gl.where(m_new == float("-inf"), 0.0, m_log2)
     alpha = gl.exp2(m_i * w.scale_log2 - m_log2)
-    p = gl.exp2(s * w.scale_log2 - gl.expand_dims(m_log2, 1))
-    l_i = l_i * alpha + gl.sum(p, 1)
-    acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)
+    p = gl.exp2(s * w.scale_log2 - gl.expand_dims(m_log2, 1))  # [ROWS, BLOCK_N]
+    sums = _lane_sums(p)
+    l_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    l_i = l_i * gl.expand_dims(gl.convert_layout(alpha, l_rows), 1) + sums  # [ROWS, 4]
+    return p, alpha, m_new, l_i
 
-    # The same registers under another name: no data moves.
-    p = gl.convert_layout(p.to(w.v_desc.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
-    mbarrier.wait(w.v_ready.index(stage), phase)
-    v_smem = w.v_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
+
+@gluon.jit
+def _operand(p, dtype: gl.constexpr, o_layout: gl.constexpr):
+    """P as the A operand of PV: the same registers under another name, no data moves."""
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+
+
+@gluon.jit
+def _packed(p):
+    """Keep pairs of half-precision values in one register across a loop's edge.
+
+    LLVM would carry them apart and pack them anew in every iteration, 32 instructions of 450.
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=False, pack=2
+    )
+
+
+# Named barriers 14 and 15: whose turn it is.
+
+
+@gluon.jit
+def _take_turn(WHICH: gl.constexpr):
+    barrier_sync(14 + WHICH, 256)
+
+
+@gluon.jit
+def _give_turn(WHICH: gl.constexpr):
+    barrier_arrive(14 + WHICH, 256)
+
+
+@gluon.jit
+def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MASKED: gl.constexpr):
+    """Scores and softmax of tile i, and P V of tile i - 1."""
+    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
+    HEAD_DIM: gl.constexpr = w.k_bufs.shape[4]
+    o_layout: gl.constexpr = acc.type.layout
+    k_stage = i % STAGES
+    v_stage = (i - 1) % STAGES
+    k_smem = w.k_bufs.index(k_stage).reshape([BLOCK_N, HEAD_DIM])
+    v_smem = w.v_bufs.index(v_stage).reshape([BLOCK_N, HEAD_DIM])
+
+    mbarrier.wait(w.k_ready.index(k_stage), i // STAGES & 1)
+    if w.PINGPONG:
+        _take_turn(WHICH)
+    s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(w.v_ready.index(v_stage), (i - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_smem, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, [acc, p])[0]  # p among them: its registers are read until then
-    mbarrier.arrive(w.v_empty.index(stage), count=1)
-    return acc, m_new, l_i
+    if w.PINGPONG:
+        _give_turn(1 - WHICH)
+
+    s = warpgroup_mma_wait(1, [s])  # [ROWS, BLOCK_N]
+    mbarrier.arrive(w.k_empty.index(k_stage), count=1)
+    if MASKED:
+        s = _mask(s, visible - (w.n_tiles - 1 - i) * BLOCK_N)
+    p_next, alpha, m_i, l_i = _softmax(w, s, m_i, l_i, MASKED)
+
+    # p among what is waited for: its registers are read until PV has finished.
+    acc = warpgroup_mma_wait(0, [acc, p])[0]
+    mbarrier.arrive(w.v_empty.index(v_stage), count=1)
+    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
+    return acc, _operand(p_next, w.v_desc.dtype, o_layout), m_i, l_i
 
 
 @gluon.jit
 def _consumer(w, WHICH: gl.constexpr):
+    STAGES: gl.constexpr = w.k_bufs.shape[0]
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
     ROWS: gl.constexpr = w.q_bufs.shape[3]
     HEAD_DIM: gl.constexpr = w.q_bufs.shape[4]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    if w.PINGPONG and WHICH == 1:
+        _give_turn(0)
 
     offs_m = w.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=rows)
     visible = gl.full([ROWS], w.N_K, gl.int32, rows)  # keys that a row sees, from 0 on
     if w.CAUSAL:  # query i sees the keys up to i + N_K - N_Q
         visible = gl.minimum(offs_m + (w.N_K - w.N_Q + 1), visible)
 
-    m_i = gl.full([ROWS], float("-inf"), gl.float32, rows)
-    l_i = gl.zeros([ROWS], gl.float32, rows)
-    acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
+    # Tile 0 has no P V of a tile before it.
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)  # a name only: use_acc=False reads none
-
     mbarrier.wait(w.q_ready, 0)
     q_smem = w.q_bufs.index(WHICH).reshape([ROWS, HEAD_DIM])
-    # Both consumers make the same number of steps, the tile's, not their own rows': `empty` counts
-    # on an arrival of each for every tile.
-    for i in range(0, w.n_masked):
-        acc, m_i, l_i = _step(w, q_smem, zero, acc, m_i, l_i, visible, i, MASKED=True)
-    for i in range(w.n_masked, w.n_tiles):
-        acc, m_i, l_i = _step(w, q_smem, zero, acc, m_i, l_i, visible, i, MASKED=False)
+    mbarrier.wait(w.k_ready.index(0), 0)
+    k_smem = w.k_bufs.index(0).reshape([BLOCK_N, HEAD_DIM])
+    s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, [s])
+    mbarrier.arrive(w.k_empty.index(0), count=1)
+    if w.n_masked > 0:
+        s = _mask(s, visible - (w.n_tiles - 1) * BLOCK_N)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, rows)
+    l_i = gl.zeros_like(_lane_sums(zero))
+    p, _, m_i, l_i = _softmax(w, s, m_i, l_i, MASKED=True)
+    p = _packed(_operand(p, w.v_desc.dtype, o_layout))
+    acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
+
+    if w.CAUSAL:
+        for i in range(1, w.n_masked):
+            acc, p, m_i, l_i = _step(
+                w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=True
+            )
+        p = _packed(p)
+    # Without causal only tile 0, the last of the keys, can need a mask.
+    for i in range(gl.maximum(w.n_masked, 1), w.n_tiles):
+        acc, p, m_i, l_i = _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=False)
+
+    # P V of the last tile.
+    stage = (w.n_tiles - 1) % STAGES
+    mbarrier.wait(w.v_ready.index(stage), (w.n_tiles - 1) // STAGES & 1)
+    v_smem = w.v_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
+    acc = warpgroup_mma(p, v_smem, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, [acc, p])[0]
+    mbarrier.arrive(w.v_empty.index(stage), count=1)
 
     # Rows that saw no key have l = 0 and m = -inf: they give 0, and lse -inf.
+    l_i = gl.convert_layout(gl.sum(l_i, 1), rows)
     inverse = gl.where(l_i == 0.0, 0.0, 1.0 / l_i)
     o = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
     lse = (m_i * w.scale_log2 + gl.log2(l_i)) * 0.6931471805599453  # ln 2: the natural logarithm
@@ -264,12 +334,14 @@ def _consumer(w, WHICH: gl.constexpr):
     lse_ptr = w.lse_ptr + (w.b * w.H + w.h).to(gl.int64) * w.N_Q
     gl.store(lse_ptr + offs_m, lse, mask=offs_m < w.N_Q)
     tma_store_wait(0)
+    if w.PINGPONG and WHICH == 0:
+        _take_turn(0)
 
 
 @gluon.jit(do_not_specialize=["H", "GROUP", "N_Q", "N_K"])
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, scale_log2, H, GROUP, N_Q, N_K,
-    STAGES: gl.constexpr, CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr, CAUSAL: gl.constexpr, PINGPONG: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -314,7 +386,7 @@ def _forward_kernel(
     w = Work(
         q_desc, k_desc, v_desc, o_desc, lse_ptr, q_bufs, k_bufs, v_bufs, q_ready, k_ready,
         k_empty, v_ready, v_empty, scale_log2, pid_bh // H, pid_bh % H, pid_bh % H // GROUP,
-        start_m, n_tiles, n_tiles - n_full, N_Q, N_K, H, CAUSAL,
+        start_m, n_tiles, n_tiles - n_full, N_Q, N_K, H, CAUSAL, PINGPONG,
     )  # fmt: skip
     # The first partition runs on the kernel's own warps and gets the registers that the others
     # leave: 12 warps at 168 are launched (the producer's one counts as four), then the producer
@@ -342,12 +414,12 @@ def forward(q, k, v, causal, scale, allow_tf32):
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
         _gluon.descriptor(o, o.shape, _gluon.strides("o", o), q_tile),
         lse, scale * _host.LOG2E, H, H // H_KV, N_Q, N_K,
-        STAGES=c.stages, CAUSAL=causal, num_warps=4,
+        STAGES=c.stages, CAUSAL=causal, PINGPONG=c.pingpong, num_warps=4,
     )  # fmt: skip
     return o, lse
 
 
-_op = _host.operator("v5_warp_specialized", forward)
+_op = _host.operator("v5_pingpong", forward)
 
 
 def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32=False):

@@ -1,6 +1,6 @@
 """Hopper, third step: programs stay on their multiprocessor and draw tiles.
 
-A program of `v6_pingpong` computes one tile of queries and ends. Shared memory and registers leave
+A program of `v5_pingpong` computes one tile of queries and ends. Shared memory and registers leave
 room for one program a multiprocessor, so nothing covers its start (barriers, registers, the first
 loads) and its end (the last product, O on its way out). At N = 512, where a tile has 4 tiles of
 keys, that is a quarter of the time. Here 132 programs are launched, one a multiprocessor, and each
@@ -45,7 +45,7 @@ At D=64 three consumers share a tile of 192 queries: a product is over sooner th
 softmaxes must lie under it. Short sequences fill the larger tile badly, and on the diagonal it
 masks more: two consumers there.
 
-Protocol, beside what `v5_warp_specialized` explains of rings and phases:
+Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 - Every counter of a ring (i over tiles of keys, turn over tiles of queries) runs on over all tiles
   of a program; it is never set back, or the phases would go wrong.
 - A consumer arrives on `empty` of a stage once a use; the producer waits once for each use after
@@ -55,7 +55,7 @@ Protocol, beside what `v5_warp_specialized` explains of rings and phases:
 - O is staged in the consumer's own Q: overwritten after its last QKᵀ, given back when TMA has read.
 - Only consumers of one program take turns. All make the tile's number of steps.
 
-Limits and maths as in `v6_pingpong`.
+Limits and maths as in `v5_pingpong`.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-22),
 TFLOP/s at N = 2048 / 16384, in brackets cuDNN in the same run, in which a matrix product of 8192³
@@ -65,8 +65,8 @@ had 702 at the start and 745 at the end:
     full      510 / 548  (453 / 474)    662 / 672  (620 / 651)    675 / 711  (652 / 694)
     causal    395 / 533  (391 / 455)    572 / 705  (499 / 586)    588 / 732  (532 / 610)
 
-`v6_pingpong` had 607 / 658 and, causal, 504 / 656 at D=128. At N = 512, D=128, full: 515 (cuDNN
-519, `v6_pingpong` 427). Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (1432
+`v5_pingpong` had 607 / 658 and, causal, 504 / 656 at D=128. At N = 512, D=128, full: 515 (cuDNN
+519, `v5_pingpong` 427). Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (1432
 without the split, cuDNN 138); 16 queries over 32,768 keys, batch 4, 142 µs (cuDNN 389).
 """
 
@@ -243,7 +243,7 @@ def _uniform(x):
 
 
 # Named barriers, by number: 9 and 10 "V is read", 11 and 12 "K is read", one a stage, in which the
-# consumers arrive and the producer waits; 13 to 15 a consumer's turn (see `v6_pingpong`).
+# consumers arrive and the producer waits; 13 to 15 a consumer's turn (see `v5_pingpong`).
 
 
 @gluon.jit
@@ -678,7 +678,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
     return o, lse
 
 
-_op = _host.operator("v7_persistent", forward)
+_op = _host.operator("v6_persistent", forward)
 
 
 def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32=False):
