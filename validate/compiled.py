@@ -30,6 +30,15 @@ import torch
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 
 
+# Spills that are known and stay: bytes at most, by (step, D, dtype, kernel). Those in half precision
+# belong to tiles that were measured faster on an H200 than any that does not spill; fp32 at D = 256
+# computes without tensor cores, and no tile was found whose operands fit the registers.
+KNOWN_SPILLS = {
+    ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): 232,
+    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): 64,
+    ("v2_lean", 256, "float32", "_dq_kernel"): 548,
+    ("v3_tma", 256, "float32", "_dq_kernel"): 548,
+}
 LENGTHS = (512, 16384)  # some launchers take another kernel for much work than for little
 
 
@@ -160,10 +169,11 @@ def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=None
     return [_read(k, arch) for k in {k.hash: k for k in kernels}.values()]
 
 
-def faults(kernel, arch, tuned):
+def faults(kernel, arch, tuned, spills=0):
     """Why a compiled kernel must not ship: a list of reasons, empty where there is none.
 
     tuned: the step is written for this architecture alone, so that a warning is a regression.
+    spills: bytes that it may spill.
     """
     found = [f"ptxas warns: {w}" for w in kernel.warnings if tuned]
     # A product with fewer than 64 rows falls back to the tensor cores' older instructions. In a
@@ -172,7 +182,7 @@ def faults(kernel, arch, tuned):
     # gradients that differ from run to run).
     if {"2", "3"} <= set(re.findall(r"nvidia_mma<\{versionMajor = (\d)", kernel.asm["ttgir"])):
         found.append("mixes mma and wgmma")
-    if kernel.spills:
+    if kernel.spills > spills:
         found.append(f"spills {kernel.spills} bytes")
     if kernel.shared > SHARED_LIMIT[arch]:
         found.append(f"{kernel.shared} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
@@ -226,7 +236,8 @@ def main(argv=None):
         what = [step, f"sm_{arch}", d, dtype, "causal" if causal else "full"]
         progress.set_description(" ".join(map(str, what)))
         for kernel in compile_step(step, arch, d, dtypes[dtype], causal, backward, sizes):
-            why = faults(kernel, arch, tuned=row.needs is not None)
+            known = KNOWN_SPILLS.get((step, d, dtype, kernel.name), 0)
+            why = faults(kernel, arch, tuned=row.needs is not None, spills=known)
             bad += bool(why)
             numbers = [kernel.registers, kernel.spills, kernel.shared, " ".join(kernel.warnings)]
             rows.append([*what, kernel.name, *numbers, "; ".join(why)])
