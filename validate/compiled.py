@@ -38,6 +38,8 @@ KNOWN_SPILLS = {
     ("v0_naive", 64, "float32", "_weighted_sum_kernel"): (0, 24),
     ("v0_naive", 128, "float32", "_weighted_sum_kernel"): (0, 24),
     ("v0_naive", 256, "float32", "_weighted_sum_kernel"): (0, 24),
+    ("v1_flash", 64, "float32", "_dq_kernel"): (0, 16),
+    ("v1_flash", 128, "float32", "_dkdv_kernel"): (0, 16),
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
     ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (232, 580),
     ("v2_lean", 256, "float32", "_dq_kernel"): (548, 580),
