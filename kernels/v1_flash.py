@@ -36,6 +36,15 @@ products, and sums in a fixed order, so that gradients repeat bit by bit.
 
 Limits: a head dim that is no power of two is padded to the next, in time as well. P and dS are
 rounded to the inputs' type for their products; scores and sums are fp32.
+
+Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s; torch 2.11.0, Triton 3.6.0,
+2026-11-22), at N = 512, 2048 and 16384:
+
+    D = 64   forward  277, 331, 350    causal  171, 279, 330    backward  226, 286, 309
+    D = 128  forward  284, 385, 433    causal  189, 317, 400    backward  165, 211, 234
+    D = 256  forward  324, 428, 443    causal  203, 333, 430    backward   73,  82,  81
+
+where cuDNN's forward had 523, 646 and 646 at D = 128, `v0_naive` some 50 at any length.
 """
 
 import torch
