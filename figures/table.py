@@ -20,7 +20,8 @@ REFERENCE = ROOT / "figures" / "reference"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 COMMANDS = {
     "seqlen": "python bench/seqlen.py",
-    "mixed": "python bench/seqlen.py --protocol mixed",
+    "mixed": "python bench/seqlen.py --protocol mixed --backends naive sdpa sdpa-flash sdpa-cudnn"
+    " flash-attn flash-attn-4 v1_flash v6_persistent",
     "ladder": "python bench/ladder.py",
     "peers": "python bench/peers.py",
     "small": "python bench/ladder.py --small-calls",
