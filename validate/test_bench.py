@@ -153,7 +153,11 @@ def test_ctrl_c_loses_no_record_and_the_same_command_goes_on(tmp_path):
     out = tmp_path / "r.jsonl"
     command = [sys.executable, seqlen.__file__, *TINY, "--backends", "naive,sdpa-flash,sdpa-math"]
     command += ["--lengths", ",".join(map(str, range(16, 80, 16))), "--out", str(out)]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell that runs the tests in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and run.poll() is None:
