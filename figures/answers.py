@@ -44,8 +44,11 @@ def faster(a, b):
 
     Rounds alternate between the backends, so a disturbance that lasts spoils one round of many.
     """
-    rounds = max(a.get("rounds") or [a["p80"]]) < min(b.get("rounds") or [b["p20"]])
-    return a["p80"] < b["p20"] and rounds
+
+    def medians(row, otherwise):  # of the rounds; the ladder and the peers call them turns
+        return row.get("rounds") or row.get("turns") or [row[otherwise]]
+
+    return a["p80"] < b["p20"] and max(medians(a, "p80")) < min(medians(b, "p20"))
 
 
 def crossover(sweep, backend, rival, metric="time_ms"):
