@@ -203,7 +203,10 @@ def source_words(changed):
         return None
     text = f"Sources changed of {', '.join(names)}; not of the other {len(changed) - len(names)}."
     if len(names) == len(changed):
-        text = "Sources changed of every backend, as they do with bench/ and block.py too."
+        text = (
+            "Sources changed of every backend: the fingerprint covers block.py and what measures,"
+        )
+        text += " that of the ladder and the peers every kernel."
     return text
 
 

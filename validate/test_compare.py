@@ -194,6 +194,7 @@ def test_a_difference_of_environment_comes_first(run):
     assert "1 of 2 cells ran the same code" in before
     assert "×1.100 in the geometric mean" in before
     assert "are the same." in run(a, a)[1]
+    assert "Sources changed of every backend" in run(a[:1], b[:1])[1]
 
 
 def test_ladder_and_peers_hold_the_power_limit_in_their_rows():
