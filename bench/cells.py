@@ -221,7 +221,9 @@ class Provenance:
 
     def __init__(self, study, timer, seed):
         self.device = torch.device("cuda", 0) if timer.device == "cuda" else torch.device("cpu")
+        method = ("bench/common.py", "bench/rounds.py", f"bench/{study}.py")
         self.about = {"study": study, **common.environment(self.device), "effort": "turns"}
+        self.about["source"] = common.source(method=method)
         self.run = {"seed": seed, "run": common.utc(), "command": command(study, sys.argv[1:])}
         self.before = self.after = common.gpu_state(self.device)
         self.read = time.monotonic()

@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
-METHOD = ("block.py", "bench/common.py", "bench/seqlen.py")  # what every measurement runs
+METHOD = ("block.py", "bench/common.py", "bench/seqlen.py")  # what the main job measures with
 FLUSH_BYTES = 256 * MIB  # several times the L2 cache of any GPU
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -71,8 +71,10 @@ def _cpu_name():
 
 
 @functools.cache
-def source(backend=None):
+def source(backend=None, method=METHOD):
     """Fingerprint of the code that a measurement of a backend, or of any, runs.
+
+    method: the files, from the root, that measure.
 
     Records of other code do not count as the same measurement: a changed kernel is measured again,
     and only it.
@@ -84,7 +86,7 @@ def source(backend=None):
         if module.startswith("kernels/"):
             paths += ROOT.glob("kernels/_*.py")
     digest = hashlib.sha256()
-    for path in [*sorted(paths), *(ROOT / p for p in METHOD)]:
+    for path in [*sorted(paths), *(ROOT / p for p in method)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

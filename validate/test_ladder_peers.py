@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -401,6 +402,32 @@ def test_peers_measures_records_and_resumes(tame, tmp_path, capsys):
     assert len(rows_of(out)) == len(rows) - 1 + 4
     assert peers.main([*command, "--again"], FakeTimer()) == 0
     assert len(rows_of(out)) == 2 * len(rows) - 1 + 4
+
+
+def test_what_measures_is_part_of_the_sources(monkeypatch, tmp_path):
+    """A record of another clock, or of another kernel, is no reason not to measure."""
+    for name in ("kernels", "backends", "bench"):
+        shutil.copytree(common.ROOT / name, tmp_path / name)
+    shutil.copy(common.ROOT / "block.py", tmp_path)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+
+    def sources():
+        common.source.cache_clear()
+        found = {s: cells.Provenance(s, FakeTimer(), 0).about["source"] for s in grid.STUDIES}
+        common.source.cache_clear()
+        return found
+
+    for file, studies in (
+        ("bench/rounds.py", {"ladder", "peers"}),
+        ("kernels/v1_flash.py", {"ladder", "peers"}),
+        ("bench/ladder.py", {"ladder"}),
+        ("bench/seqlen.py", set()),
+    ):
+        before = sources()
+        with open(tmp_path / file, "a") as f:
+            f.write("# another\n")
+        after = sources()
+        assert {s for s in before if before[s] != after[s]} == studies
 
 
 def test_a_wrong_step_is_not_timed(tame, tmp_path, capsys):
