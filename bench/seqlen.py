@@ -687,8 +687,8 @@ that of forward and backward. FLOPs: 4·B·H·N²·D, half of it when causal, 2.
 How it resumes. Every cell is appended to the record file when it is done, so the same command goes
 on where an interrupted one stopped and measures nothing twice. A cell is the same one when its
 sizes, dtype and scope are, and the GPU, the versions of CUDA, cuDNN, torch, Triton and flash-attn,
-the sources of the backend and of this program, and --quick or not. A run out of memory is a result
-like any other; to measure again, name another --out.
+torch's precision of fp32 products, the sources of the backend and of this program, and --quick or
+not. A run out of memory is a result like any other; to measure again, name another --out.
 
 Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed or was wrong,
 2 bad arguments, 130 interrupted.""",

@@ -18,7 +18,7 @@ from pathlib import Path
 # What makes two measurements of a cell the same one: machine, software, how long was measured.
 ENVIRONMENT = (
     "device", "threads", "cuda", "cudnn", "torch", "triton", "flash_attn", "flash_attn_4",
-    "source", "effort",
+    "float32_matmul", "source", "effort",
 )  # fmt: skip
 CELL = (
     "backend",

@@ -109,6 +109,19 @@ def test_more_lengths_measure_only_what_is_new(tmp_path, counted):
     assert len(counted) == 4
 
 
+def test_fp32_products_of_another_precision_are_another_measurement(tmp_path, counted):
+    command = [*TINY, "--backends", "naive", "--scope", "block", "--lengths", "16"]
+    command += ["--out", str(tmp_path / "r.jsonl")]
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, times in (("highest", 1), ("high", 2), ("highest", 2)):
+            torch.set_float32_matmul_precision(precision)
+            seqlen.main(command)
+            assert len(counted) == times
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_records_carry_their_provenance_and_consistent_values(tmp_path):
     out = tmp_path / "r.jsonl"
     seqlen.main([*TWO, "--batch", "3", "--out", str(out)])
