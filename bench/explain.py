@@ -129,7 +129,7 @@ class Estimate(NamedTuple):
         return max(self.parts, key=self.parts.get)
 
 
-def around(cell, gpu):
+def around(cell):
     """(FLOPs, bytes, kernels) of the block around the attention: norm, projections, residual."""
     if cell.scope == "attention":
         return 0, 0, 0
@@ -167,7 +167,7 @@ def naive(cell, gpu):
     if cell.scope == "block":  # q, k and v out of the fused projection, o into the next one
         tensors += 2 * 4 * cell.B * cell.N * cell.E * size
         kernels += 4
-    more_flops, more_bytes, more_kernels = around(cell, gpu)
+    more_flops, more_bytes, more_kernels = around(cell)
     parts = {
         "matrix products": (flops + more_flops) / gpu.products(cell.dtype) * 1e3,
         "exponentials": scores / gpu.exps * 1e3 * forward,
@@ -214,7 +214,7 @@ def flash(cell, gpu):
     busiest = max((visits * visit + tiles * start) * heads / gpu.sms, tiles * visit + start)
     moved = cell.B * cell.N * size * d * (2 * cell.H + 2 * cell.H_KV)
     moved = moved * (1 if forward else 2) + heads * cell.N * 4
-    more_flops, more_bytes, more_kernels = around(cell, gpu)
+    more_flops, more_bytes, more_kernels = around(cell)
     kernels = 1 if forward else 3
     others = more_flops / gpu.products(cell.dtype) + more_bytes / gpu.copy
     if not forward:
@@ -296,7 +296,7 @@ def flash_bytes(cell):
     return counted.peak
 
 
-def resident(cell, mask):
+def resident(cell):
     """Bytes that lie in memory before a call: inputs, parameters and naive's causal mask."""
     size, kv = SIZES[cell.dtype], cell.H_KV / cell.H
     tokens = cell.B * cell.N * cell.E * size
@@ -305,12 +305,12 @@ def resident(cell, mask):
         held = tokens + cell.E**2 * (2 + 2 * kv) * size
     if cell.direction == "backward":
         held += tokens  # the gradient that arrives
-    return held + cell.N**2 * (mask and cell.causal)
+    return held + cell.N**2 * cell.causal
 
 
 def fits(cell, gpu):
     """Whether naive's call fits the GPU's memory."""
-    return naive_bytes(cell) + resident(cell, True) <= USABLE * gpu.memory_mib * common.MIB
+    return naive_bytes(cell) + resident(cell) <= USABLE * gpu.memory_mib * common.MIB
 
 
 def last_length(cell, gpu):
@@ -505,7 +505,8 @@ def compare(rows, gpu):
         guess = estimate(cell, gpu)
         took[cell] = row["value"]
         guesses = {
-            "time_ms": guess.time_ms, "graph_ms": guess.gpu_ms, "host_ms": max(guess.host_ms, guess.gpu_ms),
+            "time_ms": guess.time_ms, "graph_ms": guess.gpu_ms,
+            "host_ms": max(guess.host_ms, guess.gpu_ms),  # called back to back
             "peak_delta_mib": guess.memory / common.MIB,
         }  # fmt: skip
         for metric, predicted in guesses.items():
@@ -521,17 +522,22 @@ def compare(rows, gpu):
     return found, winners, room
 
 
-def check(paths, gpu):
-    """Print how the predictions did on record files; the exit code."""
+def to_check(paths, gpu):
+    """What compare() finds in record files; of the GPU that they name unless given."""
     rows = [r for r in records.read(*paths) if r.get("study") == "seqlen" and "backend" in r]
     if gpu is None:
         names = sorted({str(r.get("gpu") or r.get("device")) for r in rows})
         if len(names) != 1:
             raise LookupError(f"expected records of one GPU, found {', '.join(names) or 'none'}")
         gpu = of_device(names[0])
-    found, winners, room = compare(rows, gpu)
-    if not winners:
+    compared = compare(rows, gpu)
+    if not compared[1]:
         raise LookupError("no record pairs naive attention with a flash backend")
+    return compared
+
+
+def check(found, winners, room):
+    """Print how the predictions did; the exit code."""
     table, errors = [], {}
     for metric in ("time_ms", "graph_ms", "host_ms", "peak_delta_mib"):
         for who, some in (
@@ -701,9 +707,10 @@ def main(argv=None):
     p, args = parse(argv)
     if args.check:
         try:
-            return check(args.check, args.ceilings)
+            compared = to_check(args.check, args.ceilings)
         except (OSError, records.RecordError, LookupError) as e:
             p.error(f"argument --check: {e}")
+        return check(*compared)
     cell = seqlen.Cell(
         args.backend, args.scope, args.direction, args.dtype, args.causal, args.batch, args.embed,
         args.heads, args.kv_heads, args.length,
