@@ -10,11 +10,13 @@ To make them, give each run its own --out. Nothing is measured here, and no GPU 
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from flashstudy.bench.cells import text
+from flashstudy.bench.common import summary
 from flashstudy.figures import answers, grid, records
 
 # What is told of a difference between the runs, besides the sources: each may be the cause.
@@ -39,6 +41,7 @@ ENVIRONMENT = {
 }
 RATES = ("tokens_per_s", "tflops")  # the metrics of which more is better
 ROUNDING = 1e-5  # figures/trim.py keeps six digits: a file and its trimmed copy are the same
+FEWEST_CONTROLS = 5  # cells that say what two runs differ by without a cause
 BOTH = ("better", "worse", "same")  # verdicts on cells that have a number in both files
 VERDICTS = (*BOTH, "changed", "only in A", "only in B")
 IDENTITY = ("study", *records.CELL)
@@ -51,7 +54,7 @@ class Pair(NamedTuple):
     b: dict | None
     verdict: str
     ratio: float | None = None  # median of B over that of A, where both have one above 0
-    low: float | None = None  # and the range of it that p20 and p80 allow
+    low: float | None = None  # and the range of it that is noise, within the runs and between
     high: float | None = None
     cost: float | None = None  # what became worse, as a ratio: that of rates upside down
 
@@ -100,8 +103,11 @@ def number(metrics, metric):
 # Judging
 
 
-def judge(a, b, metric):
-    """The Pair of two rows of one cell, either of which may be None."""
+def judge(a, b, metric, between=1.0):
+    """The Pair of two rows of one cell, either of which may be None.
+
+    between: the factor by which two runs differ without a cause, beside the noise of each.
+    """
     if a is None or b is None:
         return Pair(a, b, "only in B" if a is None else "only in A")
     if a["status"] != b["status"]:
@@ -110,20 +116,51 @@ def judge(a, b, metric):
         return Pair(a, b, "same")
     verdict = "same"
     if abs(b["p50"] - a["p50"]) > ROUNDING * abs(a["p50"]):
-        less, more = answers.faster(b, a), answers.faster(a, b)
+        less, more = answers.faster(b, a, between), answers.faster(a, b, between)
         if less or more:
             verdict = "better" if more == (metric in RATES) else "worse"
     if min(a["p20"], b["p20"]) <= 0:
         return Pair(a, b, verdict)
     ratio = b["p50"] / a["p50"]
     return Pair(
-        a, b, verdict, ratio, b["p20"] / a["p80"], b["p80"] / a["p20"],
+        a, b, verdict, ratio, b["p20"] / a["p80"] / between, b["p80"] / a["p20"] * between,
         1 / ratio if metric in RATES else ratio,
     )  # fmt: skip
 
 
+def controls(pairs, before, after):
+    """B/A of the cells in which nothing changed: the same code, device, versions and power limit.
+
+    None where they are too few to say what two runs differ by without a cause. The matrix product
+    is none of our code, though its row, as all of the ladder's and the peers', names all sources.
+    """
+
+    def set_up(row):
+        free = {"source": None} if row["backend"] == grid.MATMUL else {}
+        return grid.environment(row | free), row.get("driver")
+
+    limits = [environment(rows)["power_limit_w"] for rows in (before, after)]
+    same = [
+        p.ratio
+        for p in pairs
+        if p.ratio is not None and limits[0] == limits[1] and set_up(p.a) == set_up(p.b)
+    ]
+    return same if len(same) >= FEWEST_CONTROLS else None
+
+
+def between_runs(ratios):
+    """The factor within which four fifths of the ratios lie around their median."""
+    if ratios is None:
+        return 1.0
+    median = statistics.median(ratios)
+    return summary([max(r / median, median / r) for r in ratios])["p80"]
+
+
 def compare(before, after, metric):
-    """A Pair for every cell of the rows of A and B: by backend as tables are, then by size."""
+    """A Pair for every cell of the rows of A and B: by backend as tables are, then by size.
+
+    Also the ratios of the cells that are the control, None where there are too few.
+    """
     a, b = cells(before), cells(after)
     order = [*records.table(), grid.MATMUL]
 
@@ -133,16 +170,17 @@ def compare(before, after, metric):
         sizes = [about.pop(k) for k in ("D", "N_Q", "N_K", "B")]  # B last: it may shrink as N grows
         return order.index(name) if name in order else len(order), name, str(about), sizes
 
-    pairs = []
+    rows = []
     for at in sorted(a.keys() | b.keys(), key=place):
-        rows = [number(x.get(at, {}), metric) for x in (a, b)]
-        if any(r is not None and r["status"] != "unsupported" for r in rows):
-            pairs.append(judge(*rows, metric))
-    return pairs
+        of_cell = [number(x.get(at, {}), metric) for x in (a, b)]
+        if any(r is not None and r["status"] != "unsupported" for r in of_cell):
+            rows.append(of_cell)
+    control = controls([judge(*r, metric) for r in rows], before, after)
+    return [judge(*r, metric, between_runs(control)) for r in rows], control
 
 
 def lost(pair):
-    """Whether A has a number where B failed, ran out of memory or was wrong."""
+    """Whether A has a number where B says why it has none."""
     return pair.verdict == "changed" and pair.a["status"] == "ok"
 
 
@@ -210,21 +248,22 @@ def source_words(changed):
     return text
 
 
-def control_words(pairs):
-    """What cells that ran the same code with the same set-up say of the noise between runs."""
-    able = [p for p in pairs if p.verdict in BOTH and p.ratio is not None]
-    same = [p.ratio for p in able if grid.environment(p.a) == grid.environment(p.b)]
-    if not same:
-        return None
-    mean, far = grid.geometric_mean(same), max(same, key=lambda r: max(r, 1 / r))
+def control_words(pairs, control):
+    """What the cells in which nothing changed say of the noise between the runs."""
+    if control is None:
+        return (
+            "No control: in too few cells nothing changed, so how much two runs differ without a"
+            " cause is not known, and the verdicts do not allow for it."
+        )
+    able = sum(p.ratio is not None for p in pairs)
     return (
-        f"{len(same)} of {len(able)} cells ran the same code on the same device and versions in"
-        f" both: B/A ×{mean:.3f} in the geometric mean, ×{far:.3f} where they differ most. So"
-        " much the runs differ by without a cause in the code."
+        f"Control: {len(control)} of {able} cells ran the same code on the same device and versions"
+        f" in both. B/A ×{grid.geometric_mean(control):.3f} in the geometric mean, four fifths of"
+        f" them within {between_runs(control) - 1:.1%} of their median; the verdicts allow for it."
     )
 
 
-def summary(pairs, metric):
+def by_backend(pairs, metric):
     """(header, rows): a backend a row, the mean ratio and how many cells got which verdict."""
     changed = sources(pairs)
     lines = []
@@ -312,7 +351,7 @@ def reasons(pairs):
     ]
 
 
-def report(args, before, after, pairs):
+def report(args, before, after, pairs, control):
     """Print it all: what was different, then what came of it."""
     metric = args.metric
     # The environment of the cells in both files, and of the machine's own rows.
@@ -330,7 +369,7 @@ def report(args, before, after, pairs):
     said = source_words(sources(pairs))
     if not found and said is None:
         print("Device, versions, commit and sources are the same.")
-    for sentence in (said, control_words(pairs)):
+    for sentence in (said, control_words(pairs, control)):
         if sentence is not None:
             print(sentence)
 
@@ -344,7 +383,7 @@ def report(args, before, after, pairs):
             print(sentence)
     else:
         print(f"\nNo cell differs beyond the noise in {metric}: {about}")
-    head, lines = summary(pairs, metric)
+    head, lines = by_backend(pairs, metric)
     print("\nAll cells, by backend")
     print(text(head, lines, 1))
 
@@ -368,16 +407,22 @@ def parser():
         epilog="""
 How it judges. A cell is a backend at one size, dtype, mask and direction; what it was measured on
 and with is no part of it. B is faster where its 80th percentile lies under A's 20th and its slowest
-round under A's quickest, slower the other way round, else the same: within the noise. B/A is the
-ratio of the medians, "noise" the range of it that the percentiles allow. Where a file holds a cell
-more than once, the latest counts. Memory has no noise: any other number is more or less.
+round under A's quickest, slower the other way round, else the same: within the noise. Where a file
+holds a cell more than once, the latest counts.
+
+Backends take turns within a run, and two runs do not: one code, run twice, differs by more than the
+percentiles of either. So cells in which nothing changed, neither sources nor device, versions,
+driver or power limit, are the control: how far four fifths of their ratios lie from their median is
+added to the noise of every cell. A run in which everything changed has no control; measure backends
+that did not change (naive, sdpa) in both. B/A is the ratio of the medians, "noise" the range of it
+that all this allows. Memory has no noise: any other number is more or less.
+
+In records of the ladder and the peers, whose sources are all kernels at once, the matrix product is
+the control.
 
 How to read it. First what differs between the runs, since it is usually the cause: another GPU,
-power limit, version or commit. The noise that is respected is that of one run: backends take turns
-within a run, and two runs do not. A warmer or a shared GPU slows all of a run's cells, so look at
-backends whose code did not change: the mean B/A of those is what the two runs differ by without
-cause, and a change of yours counts from there. Compare runs of one machine, made one after the
-other; a third run (A again) tells what repeating costs.
+power limit, version or commit. Then the control's mean: a warmer or a shared GPU slows all cells of
+a run, and a change of yours counts from there. Compare runs of one machine, one after the other.
 
 Exit codes: 0 compared; 1 with --fail-above, where it says so; 2 bad arguments: files that are
 missing, no records, of different studies, or without a common cell.""",
@@ -391,8 +436,8 @@ missing, no records, of different studies, or without a common cell.""",
     add("--all", action="store_true", help="list the cells that are the same, too")
     add("--fail-above", type=percentage, metavar="PERCENT",
         help="exit with 1 where a cell is slower (of memory: more) beyond the noise by more than"
-             " this, or was measured in A and failed, ran out of memory or was wrong in B;"
-             " cells that B lacks do not count")  # fmt: skip
+             " this, or was measured in A and, says its record, could not be in B (out of"
+             " memory, failed, wrong, unsupported); cells that B lacks do not count")  # fmt: skip
     return p
 
 
@@ -414,10 +459,10 @@ def main(argv=None):
     if args.metric not in metrics[0] | metrics[1]:
         have = ", ".join(sorted(metrics[0] | metrics[1]))
         p.error(f"argument --metric: no {args.metric!r} on record; there are {have}")
-    pairs = compare(*rows, args.metric)
+    pairs, control = compare(*rows, args.metric)
     if not any(p.a is not None and p.b is not None for p in pairs):
         p.error(f"cannot compare: {args.a} and {args.b} have no cell of {args.metric} in common")
-    report(args, *rows, pairs)
+    report(args, *rows, pairs, control)
     if args.fail_above is None:
         return 0
     bad = beyond(pairs, args.fail_above)

@@ -39,8 +39,8 @@ class Crossover(NamedTuple):
         }[self.kind]
 
 
-def faster(a, b):
-    """Whether row a is faster than row b beyond their noise.
+def faster(a, b, margin=1.0):
+    """Whether row a is faster than row b beyond their noise, by more than a factor `margin`.
 
     Rounds alternate between the backends, so a disturbance that lasts spoils one round of many.
     """
@@ -48,7 +48,9 @@ def faster(a, b):
     def medians(row, otherwise):  # of the rounds; the ladder and the peers call them turns
         return row.get("rounds") or row.get("turns") or [row[otherwise]]
 
-    return a["p80"] < b["p20"] and max(medians(a, "p80")) < min(medians(b, "p20"))
+    if not a["p80"] * margin < b["p20"]:
+        return False
+    return max(medians(a, "p80")) * margin < min(medians(b, "p20"))
 
 
 def crossover(sweep, backend, rival, metric="time_ms"):

@@ -25,7 +25,7 @@ def row(n, p50, backend="v1_flash", spread=0.01, metric="time_ms", **more):
 
 
 def verdicts(before, after, metric="time_ms"):
-    return [p.verdict for p in compare.compare(before, after, metric)]
+    return [p.verdict for p in compare.compare(before, after, metric)[0]]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def words(output):
     ],
 )
 def test_noise_is_no_difference(a, b, verdict):
-    (pair,) = compare.compare(
+    (pair,), _ = compare.compare(
         [row(128, a[0], spread=a[1])], [row(128, b[0], spread=b[1])], "time_ms"
     )
     assert pair.verdict == verdict
@@ -86,13 +86,13 @@ def test_a_round_that_says_otherwise_is_noise(name):
 def test_more_is_better_of_rates_and_worse_of_memory():
     for metric, verdict, cost in (("tflops", "better", 0.5), ("peak_delta_mib", "worse", 2.0)):
         rows = [[row(128, x, metric=metric)] for x in (100.0, 200.0)]
-        (pair,) = compare.compare(*rows, metric)
+        (pair,), _ = compare.compare(*rows, metric)
         assert (pair.verdict, pair.ratio, pair.cost) == (verdict, 2.0, cost)
 
 
 def test_memory_that_is_zero_has_no_ratio():
     rows = [[row(128, x, metric="peak_delta_mib")] for x in (0.0, 8.0)]
-    (pair,) = compare.compare(*rows, "peak_delta_mib")
+    (pair,), _ = compare.compare(*rows, "peak_delta_mib")
     assert (pair.verdict, pair.ratio) == ("worse", None)
     assert compare.beyond([pair], 5) == [pair]
 
@@ -109,7 +109,7 @@ def test_memory_that_is_zero_has_no_ratio():
 )
 def test_a_status_that_changed_is_told(statuses, verdict, is_lost):
     a, b = ([row(128, 1.0 if s == "ok" else None, status=s)] for s in statuses)
-    (pair,) = compare.compare(a, b, "time_ms")
+    (pair,), _ = compare.compare(a, b, "time_ms")
     assert (pair.verdict, compare.lost(pair)) == (verdict, is_lost)
 
 
@@ -121,7 +121,7 @@ def test_of_another_metric_the_time_row_tells_why_there_is_none():
 def test_cells_of_one_file_alone_and_cells_that_never_ran():
     a = [row(128, 1.0), row(256, 1.0), row(128, None, "flex", status="unsupported")]
     b = [row(256, 1.0), row(512, 1.0), row(128, None, "flex", status="unsupported")]
-    found = compare.compare(a, b, "time_ms")
+    found, _ = compare.compare(a, b, "time_ms")
     assert [(p.row["N_Q"], p.verdict) for p in found] == [
         (128, "only in A"), (256, "same"), (512, "only in B"),
     ]  # fmt: skip
@@ -131,7 +131,7 @@ def test_cells_of_one_file_alone_and_cells_that_never_ran():
 def test_another_cell_is_never_the_same_one(field):
     other = row(128, 1.0)
     other[field] = 7 if isinstance(other[field], int) else "other"
-    found = compare.compare([row(128, 1.0)], [row(128, 1.0), other], "time_ms")
+    found, _ = compare.compare([row(128, 1.0)], [row(128, 1.0), other], "time_ms")
     assert sorted(p.verdict for p in found) == ["only in B", "same"]
 
 
@@ -145,6 +145,42 @@ def test_the_last_measurement_of_a_cell_counts_with_its_own_metrics():
     for rows in itertools.permutations([*old, row(128, 1.0, source="y")]):
         (found,) = compare.cells(rows).values()
         assert {metric: r["p50"] for metric, r in found.items()} == {"time_ms": 1.0}
+
+
+# Control
+
+
+def test_what_two_runs_differ_by_without_a_cause_is_noise_too():
+    """Naive is the control: slower by a tenth everywhere, give or take four per cent."""
+    ratios = (1.06, 1.08, 1.1, 1.12, 1.14)
+    a = [row(n, 1.0, "naive", 0.001) for n in range(5)] + [row(9, 1.0, spread=0.001)]
+    b = [row(n, r, "naive", 0.001) for n, r in enumerate(ratios)]
+    for ratio, verdict in ((1.02, "same"), (1.06, "worse"), (0.95, "better")):
+        pairs, control = compare.compare(
+            a, [*b, row(9, ratio, spread=0.001, source="y")], "time_ms"
+        )
+        assert control == pytest.approx(ratios)
+        assert compare.between_runs(control) == pytest.approx(1.1 / 1.06, rel=0.01)
+        assert pairs[-1].verdict == verdict
+    text = compare.control_words(pairs, control)
+    assert "5 of 6 cells" in text
+    assert "×1.100 in the geometric mean, four fifths of them within 3.7%" in text
+
+
+@pytest.mark.parametrize("field", ["source", "torch", "device", "driver", "power_limit_w"])
+def test_there_is_no_control_where_something_changed(field):
+    machine = {"metric": "machine", "power_limit_w": 700.0}
+    a = [row(n, 1.0) for n in range(5)]
+    b = [row(n, 1.0, **{field: "other"} if field != "power_limit_w" else {}) for n in range(5)]
+    other = machine | ({field: 600.0} if field == "power_limit_w" else {})
+    assert compare.compare([*a, machine], [*b, other], "time_ms")[1] is None
+    assert compare.compare([*a, machine], [*a, machine], "time_ms")[1] == [1.0] * 5
+
+
+def test_the_matrix_product_is_a_control_whatever_the_sources():
+    a = [row(n, 1.0, name) for n in range(5) for name in ("matmul", "v1_flash")]
+    b = [r | {"source": "y"} for r in a]
+    assert compare.compare(a, b, "time_ms")[1] == [1.0] * 5
 
 
 # What is told
@@ -190,9 +226,7 @@ def test_a_difference_of_environment_comes_first(run):
     assert "its power limit, W 700.0 600.0" in lines
     assert not [line for line in lines if line.startswith(("device", "torch", "effort"))]
     assert "Sources changed of v1 flash; not of the other 1." in before
-    # Naive is the control: nothing that it runs changed, and it is a tenth slower.
-    assert "1 of 2 cells ran the same code" in before
-    assert "×1.100 in the geometric mean" in before
+    assert "No control" in before
     assert "are the same." in run(a, a)[1]
     assert "Sources changed of every backend" in run(a[:1], b[:1])[1]
 
