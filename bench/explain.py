@@ -86,6 +86,7 @@ HOST_US = {
     "flash-attn": 62, "flash-attn-4": 103, "v1_flash": 46, "v2_lean": 49, "v3_tma": 51,
     "v4_warp_specialized": 63, "v5_pingpong": 63, "v6_persistent": 71,
 }  # fmt: skip
+HOST_UNKNOWN_US = 50  # of a backend that is not among them
 HOST_OP_US = 13  # of one torch operation: naive's four take 64 alone, its eight in the block ~100
 HOST_BLOCK_US = 100  # of the block around attention
 # Of memory_mib that tensors may fill: 133,400 MiB ran in the records, 135,500 did not.
@@ -244,7 +245,7 @@ def flash(cell, gpu):
     return Estimate(
         4 * work * d * (1 if forward else 2.5) + more_flops, work, moved + more_bytes,
         flash_bytes(cell), parts,
-        *finish(cell, gpu, gpu_ms, HOST_US.get(cell.backend, 50)),
+        *finish(cell, gpu, gpu_ms, HOST_US.get(cell.backend, HOST_UNKNOWN_US)),
         {
             "flops": f"{'4' if forward else '10'}·{TILE}²·D · B·H·{shape} tiles, n = ⌈N/{TILE}⌉",
             "exps": f"{TILE}² · B·H·{shape} tiles",
@@ -661,8 +662,9 @@ Exit codes: 0 done, 1 --check below its promise or --measure failed, 2 bad argum
     add("--direction", choices=("forward", "backward"), default="forward",
         help="default: forward; backward: its time alone, the memory of both")  # fmt: skip
     add("--scope", choices=("attention", "block"), default="attention", help="default: attention")
-    add("--backend", choices=list(HOST_US), metavar="NAME",
-        help=f"the flash kernel: {', '.join(HOST_US)} (default: sdpa-cudnn, in fp32"
+    flash = [name for name, row in backends.BACKENDS.items() if row.family != "standard"]
+    add("--backend", choices=flash, metavar="NAME",
+        help=f"the flash kernel: {', '.join(flash)} (default: sdpa-cudnn, in fp32"
              " sdpa-efficient)")  # fmt: skip
     add("--gpu", metavar="NAME",
         help=f"{', '.join(GPUS)} (default: this machine's, without one h200)")  # fmt: skip

@@ -121,8 +121,8 @@ def test_the_last_length_is_the_last():
     assert explain.last_length(cell, H200._replace(memory_mib=0)) == 0
 
 
-def test_every_flash_backend_has_its_constants():
-    assert list(explain.HOST_US) == FLASH
+def test_constants_are_of_flash_backends():
+    assert set(explain.HOST_US) <= set(FLASH)
     assert set(explain.KINDS) <= set(FLASH)
     assert {explain.kind(n, "bfloat16") for n in FLASH} == set(explain.EXPOSED)
 
