@@ -12,7 +12,8 @@ the rounding of another order of sums.
 
 A candidate's score is the geometric mean, over the cells, of its speed relative to the shipped
 row's; each round visits all candidates in a new order, so that a GPU that warms up does not favour
-the first. Rows that lose to the shipped one by less than the spread between rounds are noise.
+the first. "spread" is how far the rounds of a row lie apart where they differ most. A row is worth
+pasting where its score exceeds 1 by more than its own spread and that of the shipped row.
 
 Exit code 2 where there is no GPU.
 """
@@ -26,6 +27,8 @@ import random
 import statistics
 import sys
 import time
+
+from flashstudy.bench import common
 
 KERNELS = {  # name: (table in the step's module, kernel's name there, FLOPs by 2·B·H·N²·D)
     "forward": ("FORWARD", "_forward_kernel", 2),
@@ -173,17 +176,37 @@ def tune(torch, module, kernel, d, args):
                         continue
                     speeds[row].setdefault((n, causal), []).append(flops / ms / 1e9)
     print("\r".ljust(80), end="\r", file=sys.stderr)
+    for row, why in dropped.items():
+        print(f"left out {row}: {why}", file=sys.stderr)
+    return cells, ranked({r: s for r, s in speeds.items() if r not in dropped}, cells)
+
+
+def ranked(speeds, cells):
+    """(score, spread, row, TFLOP/s by cell) of every row timed in all cells, best first.
+
+    speeds: {row: {cell: TFLOP/s of each round}}, the shipped row under None.
+    """
     shipped = {c: statistics.median(s) for c, s in speeds[None].items()}
     result = []
     for row, by_cell in speeds.items():
-        if row in dropped or len(by_cell) < len(cells):
+        if len(by_cell) < len(cells):
             continue
         tflops = {c: statistics.median(s) for c, s in by_cell.items()}
         score = math.exp(statistics.mean(math.log(tflops[c] / shipped[c]) for c in cells))
-        result.append((score, row, [tflops[c] for c in cells]))
-    for row, why in dropped.items():
-        print(f"left out {row}: {why}", file=sys.stderr)
-    return cells, sorted(result, key=lambda r: -r[0])
+        spread = max(max(s) / min(s) for s in by_cell.values()) - 1
+        result.append((score, spread, row, [tflops[c] for c in cells]))
+    return sorted(result, key=lambda r: -r[0])
+
+
+def advice(result, table, d):
+    """What to do about a ranking, in a line."""
+    (noise,) = [spread for _, spread, row, _ in result if row is None]
+    score, spread, row, _ = result[0]
+    if row is None:
+        return "the shipped row is the fastest"
+    if score - 1 <= spread + noise:
+        return f"no row beats the shipped one beyond the spread; {row} comes closest"
+    return f"paste into {table} for head dim {d}: {row}"
 
 
 def main(argv=None):
@@ -192,14 +215,20 @@ def main(argv=None):
     )
     parser.add_argument("step", help="a kernel file with tables, such as v3_tma")
     parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 16384])
-    parser.add_argument("--tokens", type=int, default=16384, help="B·N of every cell")
-    parser.add_argument("--heads", type=int, help="query heads (default: 2048 / head dim)")
-    parser.add_argument("--kv-heads", type=int, help="key and value heads (default: as many)")
+    parser.add_argument("--head-dims", nargs="+", type=common.positive, default=[64, 128, 256])
+    parser.add_argument("--lengths", nargs="+", type=common.positive, default=[512, 2048, 16384])
+    parser.add_argument("--tokens", type=common.positive, default=16384, help="B·N of every cell")
+    parser.add_argument(
+        "--heads", type=common.positive, help="query heads (default: 2048 / head dim)"
+    )
+    parser.add_argument(
+        "--kv-heads", type=common.positive, help="key and value heads (default: as many)"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--rep", type=int, default=40, help="ms of timing a cell and round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--rep", type=common.positive, default=40, help="ms of timing a cell and round"
+    )
+    parser.add_argument("--rounds", type=common.positive, default=2)
     parser.add_argument(
         "--try", dest="rows", nargs="+", type=parse_row, metavar="M,N,WARPS,STAGES",
         help="the candidates (default: usual tiles that fit in shared memory)",
@@ -231,15 +260,14 @@ def main(argv=None):
     for kernel, d in itertools.product(args.kernels, args.head_dims):
         start = time.perf_counter()
         cells, result = tune(torch, module, kernel, d, args)
-        head = ["score", "row", *(f"{n}{' causal' if c else ''}" for n, c in cells)]
-        lines = [[f"{s:.3f}", row or "shipped", *(f"{x:.0f}" for x in t)] for s, row, t in result]
+        head = ["score", "spread", "row", *(f"{n}{' causal' if c else ''}" for n, c in cells)]
+        lines = [
+            [f"{score:.3f}", f"{spread:.1%}", row or "shipped", *(f"{x:.0f}" for x in tflops)]
+            for score, spread, row, tflops in result
+        ]
         print(f"\n{args.step} {kernel}, head dim {d} ({time.perf_counter() - start:.0f} s)")
         print(tabulate(lines, headers=head, disable_numparse=True))
-        best = next((row for _, row, _ in result if row is not None), None)
-        if best is not None and result[0][1] is not None:
-            print(f"paste into {KERNELS[kernel][0]} for head dim {d}: {best}")
-        else:
-            print("the shipped row is the fastest")
+        print(advice(result, KERNELS[kernel][0], d))
     return 0
 
 

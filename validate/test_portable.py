@@ -151,7 +151,7 @@ def test_tuner_puts_its_row_in_and_takes_it_out(module, kernel):
         assert (32, 16, 4, 1) in getattr(module, tune.KERNELS[kernel][0]).values()
         running = [n for n in before if n.endswith("_kernel") and vars(module)[n] is before[n]]
         assert running == [tune.KERNELS[kernel][1]]
-    assert dict(vars(module)) == before
+    assert {n: vars(module)[n] for n in before} == before  # the interpreter adds names of its own
 
 
 @pytest.mark.parametrize("text", ["64,64,4", "64,48,4,2", "0,64,4,2", "a,b,c,d"])
@@ -159,6 +159,33 @@ def test_tuner_refuses_bad_rows(text, capsys):
     with pytest.raises(SystemExit):
         tune.main(["v3_tma", "--try", text])
     assert "BLOCK_M,BLOCK_N,num_warps,num_stages" in capsys.readouterr().err
+
+
+def test_tuner_recommends_nothing_within_its_noise():
+    a, b = (64, 64, 4, 2), (128, 64, 8, 2)
+    speeds = {
+        None: {512: [100, 102], 1024: [200, 200]},
+        a: {512: [103, 103], 1024: [206, 208]},
+        b: {512: [150, 150]},  # not timed everywhere
+    }
+    found = tune.ranked(speeds, [512, 1024])
+    assert [row for *_, row, _ in found] == [a, None]
+    (score, spread, _, tflops), (one, noise, *_) = found
+    assert (score, one) == (pytest.approx((103 / 101 * 207 / 200) ** 0.5), 1)
+    assert (spread, noise) == (pytest.approx(208 / 206 - 1), pytest.approx(0.02))
+    assert tflops == [103, 207]
+    assert "no row beats the shipped one beyond the spread" in tune.advice(found, "DQ", 64)
+    speeds[a] = {n: [2 * x for x in s] for n, s in speeds[a].items()}
+    found = tune.ranked(speeds, [512, 1024])
+    assert tune.advice(found, "DQ", 64) == f"paste into DQ for head dim 64: {a}"
+    assert tune.advice(found[1:], "DQ", 64) == "the shipped row is the fastest"
+
+
+@pytest.mark.parametrize("option", ["--head-dims", "--lengths", "--tokens", "--heads", "--rounds"])
+def test_tuner_refuses_sizes_that_are_none(option, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(["v3_tma", option, "0"])
+    assert "expected a whole number from 1 up, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
