@@ -1,7 +1,6 @@
 """What bench/ladder.py and bench/peers.py share: arguments, records and the run over the grid."""
 
 import argparse
-import re
 import shlex
 import statistics
 import sys
@@ -194,16 +193,8 @@ def describe(plan):
 def open_records(args, parser, device):
     """The record file, named after the program and the device unless --out names one."""
     if args.out is None:
-        on = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        on = re.sub(r"[^a-z0-9]+", "-", on.lower()).strip("-")
-        args.out = Path("results") / f"{Path(parser.prog).stem}-{on}.jsonl"
-    try:
-        file = common.Records(args.out)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument --out: cannot append to {args.out}: {e}")
-    if file.cut:
-        print(f"{args.out}: dropped a last line cut off in writing ({file.cut} bytes)")
-    return file
+        args.out = common.result_file(Path(parser.prog).stem, device)
+    return common.open_records(args.out, parser)
 
 
 def command(study, arguments):

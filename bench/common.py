@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -40,6 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 METHOD = ("block.py", "bench/common.py", "bench/seqlen.py")  # what the main job measures with
 FLUSH_BYTES = 256 * MIB  # several times the L2 cache of any GPU
+# What is timed must compute attention: with this mask, scale and layout. How well it rounds is for
+# validate/check_outputs.py to judge, which allows one error budget where this allows four.
+GROSS = 4
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -227,6 +231,24 @@ class Records:
 
     def close(self):
         self._file.close()
+
+
+def result_file(study, device):
+    """Where the records of a study on a device go unless --out says."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path("results") / f"{study}-{name}.jsonl"
+
+
+def open_records(path, parser):
+    """The Records at the path that --out gave; what is wrong with it ends the program."""
+    try:
+        file = Records(path)
+    except (OSError, records.RecordError) as e:
+        parser.error(f"argument --out: cannot append to {path}: {e}")
+    if file.cut:
+        print(f"{path}: dropped a last line cut off in writing ({file.cut} bytes)")
+    return file
 
 
 def summary(samples):

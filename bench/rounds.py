@@ -22,15 +22,13 @@ from dataclasses import dataclass, field
 import torch
 import torch._functorch.config
 from flashstudy.backends import load, why_not
+from flashstudy.bench import common
 from flashstudy.figures import grid
 from flashstudy.validate import errors
 
 MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns like a backend
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
-# What is timed must compute attention: with this mask, scale and layout. How well it rounds is for
-# validate/check_outputs.py to judge, which asks for 1 error budget where this asks for 4.
-GROSS = 4
 SETUP_SHARE = 0.5  # of a budget
 MOST_CALLS = 100  # of one backend in one turn
 MOST_IDLE = 1e-3  # seconds before a call; no backend takes longer to launch
@@ -73,7 +71,7 @@ class GpuTimer:
     device = "cuda"
 
     def __init__(self):
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device=self.device)
+        self.flush = torch.empty(common.FLUSH_BYTES, dtype=torch.int8, device=self.device)
         self.flush_s = min(self.once(self.flush.zero_)[0] for _ in range(5))
 
     def once(self, call):
@@ -286,7 +284,7 @@ class Session:
                 judged = self.verifier.verdict(self.attention[name], at)
                 reasons = f"at N={at.length}: {'; '.join(judged.reasons)}"
                 found = ("ok", None, judged.over)
-                if not judged.over <= GROSS:
+                if not judged.over <= common.GROSS:
                     found = ("wrong", reasons, judged.over)
                 elif not judged.ok:
                     self.report(f"{name}, {at} is over the error budget {reasons}")

@@ -36,9 +36,6 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 SMALL_MS = 0.1  # below this the host's launches show: graph and host clocks are measured too
-# What is timed must compute attention; how well it rounds is for validate/check_outputs.py to
-# judge, which allows one error budget where this allows four.
-GROSS = 4
 GIB = 2**30
 UNITS = {
     "time_ms": "ms", "graph_ms": "ms", "host_ms": "ms", "peak_delta_mib": "MiB",
@@ -247,7 +244,7 @@ class Bench:
                         got = errors.run(backends.load(name), *tensors, causal=c.causal)
                         verdict = errors.verdict(got, expectation)
                         reasons = f"at N = {n}: {'; '.join(verdict.reasons)}"
-                        if not verdict.over <= GROSS:
+                        if not verdict.over <= common.GROSS:
                             judged.fail("wrong", reasons)
                         elif not verdict.ok:
                             print(f"  {records.label(name)} is over the error budget {reasons}")
@@ -765,14 +762,9 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
     if args.protocol == "mixed" and args.dtype == "float32":
         parser.error("argument --dtype: --protocol mixed compares a half precision with float32")
     if args.out is None:
-        name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "cpu"
-        name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        mixed = "mixed-" if args.protocol == "mixed" else ""
-        args.out = Path("results") / f"seqlen-{mixed}{name}.jsonl"
-    try:
-        store = common.Records(args.out)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument --out: cannot append to {args.out}: {e}")
+        study = "seqlen" + "-mixed" * (args.protocol == "mixed")
+        args.out = common.result_file(study, args.device)
+    store = common.open_records(args.out, parser)
     if args.charts is None:
         args.charts = args.out.with_name(args.out.stem + "-charts" * (not args.out.suffix))
     return args, store
@@ -781,8 +773,6 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
 def main(argv=None):
     args, store = parse(argv)
     with contextlib.closing(store):
-        if store.cut:
-            print(f"{args.out}: dropped a last line cut off in writing ({store.cut} bytes)")
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
         shared = common.environment(args.device) | {
