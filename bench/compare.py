@@ -84,7 +84,7 @@ def load(path):
     if not measured:
         raise records.RecordError(f"{path}: no record of a backend in it")
     for r in measured:
-        lacks = [k for k in (*IDENTITY, "metric", "status") if r.get(k) is None]
+        lacks = [k for k in (*IDENTITY, "metric", "unit", "status") if r.get(k) is None]
         if r.get("status") == "ok":
             lacks += [k for k in ("p20", "p50", "p80") if r.get(k) is None]
         if lacks:
@@ -239,13 +239,12 @@ def source_words(changed):
     names = [records.label(n) for n, is_other in changed.items() if is_other]
     if not names:
         return None
-    text = f"Sources changed of {', '.join(names)}; not of the other {len(changed) - len(names)}."
     if len(names) == len(changed):
-        text = (
+        return (
             "Sources changed of every backend: the fingerprint covers block.py and what measures,"
+            " that of the ladder and the peers every kernel."
         )
-        text += " that of the ladder and the peers every kernel."
-    return text
+    return f"Sources changed of {', '.join(names)}; not of the other {len(changed) - len(names)}."
 
 
 def control_words(pairs, control):
@@ -290,7 +289,7 @@ FIELDS = {  # column: of a row
     "direction": lambda r: r["direction"],
     "dtype": lambda r: r["dtype"],
     "mask": lambda r: "causal" if r["causal"] else "full",
-    "B": lambda r: str(r["B"]),
+    "batch": lambda r: str(r["B"]),  # B is a file here
     "H": lambda r: str(r["H"]) + f"/{r['H_KV']}" * (r["H_KV"] != r["H"]),
     "D": lambda r: str(r["D"]),
 }
@@ -330,8 +329,7 @@ def table(pairs, metric, everything=False):
     for (verdict, *begin), lengths in sorted(alone.items(), key=lambda item: item[0][0]):
         lines.append([*begin, " ".join(lengths), "", "", "", "", verdict])
     about = ", ".join(
-        f"{name} {FIELDS[name](pairs[0].row)}" if len(name) == 1 else FIELDS[name](pairs[0].row)
-        for name in shared
+        f"{name} " * (name in ("batch", "H", "D")) + FIELDS[name](pairs[0].row) for name in shared
     )
     head = ["backend", *columns, "N", "A", "B", "B/A", "noise", "verdict"]
     return head, lines, about
@@ -374,10 +372,10 @@ def report(args, before, after, pairs, control):
             print(sentence)
 
     head, lines, about = table(pairs, metric, args.all)
-    unit = next((p.row["unit"] for p in common if p.row.get("metric") == metric), "")
+    units = {r["unit"] for rows in (before, after) for r in rows if r.get("metric") == metric}
     title = "Cells" if args.all else "Cells that differ"
     if lines:
-        print(f"\n{title}, {metric} in {unit}: {about}")
+        print(f"\n{title}, {metric} in {' and '.join(sorted(units))}: {about}")
         print(text(head, lines, len(head) - 6))
         for sentence in reasons(pairs):
             print(sentence)

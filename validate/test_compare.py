@@ -205,6 +205,14 @@ def test_the_table_holds_what_differs_and_the_summary_everything(run):
     assert "v1 flash ×1.100 0 1 1 1 0 0 same" in words(by_backend)
 
 
+def test_batch_and_length_are_columns_where_they_vary(run):
+    rows = [row(128, 1.0, B=8), row(256, 1.0, B=4)]
+    out = run(rows, rows, "--all")[1]
+    assert "Cells, time_ms in ms: seqlen, attention, forward, bfloat16, causal, H 4, D 64" in out
+    assert "backend batch N A B B/A noise verdict" in words(out)
+    assert "v1 flash 8 128 1 1 ×1.000 0.980 to 1.020 same" in words(out)
+
+
 def test_all_lists_what_is_the_same_too(run):
     rows = [row(128, 1.0)]
     assert "No cell differs" in run(rows, rows)[1]
