@@ -781,6 +781,7 @@ def main(argv=None):
             "effort": "quick" if args.quick else "full",
         }
         print(f"{shared['device']}, {shared['memory_mib'] / 1024:.0f} GiB; torch {shared['torch']}")
+        absent = {}  # (reason, what) -> backends
         for name in args.backends:
             for direction in ("forward", "backward"):
                 if args.direction not in (direction, "both"):
@@ -788,7 +789,9 @@ def main(argv=None):
                 for dtype in precisions(name, args):
                     reason = reason_not(name, args.device, dtype, direction == "backward")
                     if reason:
-                        print(f"  not run: {records.label(name)} ({direction}, {dtype}): {reason}")
+                        absent.setdefault((reason, f"{direction}, {dtype}"), []).append(name)
+        for (reason, what), names in absent.items():
+            print(f"  not run ({what}): {', '.join(map(records.label, names))}: {reason}")
         again = shlex.join(["python", *sys.argv])
         try:
             sweep(args, store, shared)

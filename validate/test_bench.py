@@ -319,7 +319,7 @@ def test_what_cannot_run_here_is_a_row_and_interpreted_kernels_are_never_timed(
     assert reasons["sdpa-cudnn"] == "needs a CUDA GPU"
     assert "never timed beside real ones" in reasons["v1_flash"]
     assert len(counted) == 2
-    assert "not run: v1 flash" in capsys.readouterr().out
+    assert "not run (forward, float32): v1 flash: Triton" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
