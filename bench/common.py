@@ -216,7 +216,7 @@ class Records:
             self.cut = len(data) - length
             if self.cut:
                 self._file.truncate(length)
-        except BaseException:
+        except BaseException:  # any, Ctrl-C included: a store that did not open holds no lock
             self._file.close()
             raise
 

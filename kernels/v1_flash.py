@@ -25,8 +25,8 @@ The backward (algorithm 2), ∘ being the product element by element:
              ┌────┬────┬────┐   `_forward_kernel`, `_dq_kernel`: a program for each tile of queries,
     queries  │ ░░ │    │    │   → over its keys, with acc or dq in registers. `_dkdv_kernel`: one
        ↓     ├────┼────┼────┤   for each tile of keys, ↓ over its queries, with dk and dv.
-             │ ▓▓ │ ░░ │    │   Causal: ▓ full tiles need no mask, ░ tiles on the diagonal do, the
-             ├────┼────┼────┤   others hold nothing and are never visited.
+             │ ▓▓ │ ░░ │    │   Causal: ▓ full tiles need no mask (`_dkdv_kernel` masks them too),
+             ├────┼────┼────┤   ░ tiles on the diagonal do, the others are never visited.
              │ ▓▓ │ ▓▓ │ ░░ │   HBM traffic: Q and O once, K and V once for each tile of queries
              └────┴────┴────┘   (mostly from L2), lse.
 

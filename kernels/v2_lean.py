@@ -18,9 +18,10 @@ sums with the same programs, and leaves out what a tile does not need:
 
    The product dPᵀ is issued before the exponentials of P, which run beside it.
 
-3. **One loop.** v1 compiles its loop twice, for full tiles and for masked ones. Here the mask is a
-   branch that all threads of a program take alike. The loads stay in flight to the end, where
-   a second loop would start its own, and the dK, dV kernel, whose registers are full, spills less.
+3. **One loop.** v1 compiles its loops over keys twice, for full tiles and for masked ones, and masks
+   every tile in its loop over queries. Here the mask is a branch that all threads of a program
+   take alike. The loads stay in flight to the end, where a second loop would start its own, and
+   the dK, dV kernel, whose registers are full, spills less.
 
 4. **Heavy tiles first.** Causal tiles differ in work by the length of the sequence. Started in the
    order of the queries, the longest come last, and the GPU waits for them with most of it idle.
@@ -41,7 +42,8 @@ Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v1 → v2
     D = 256  forward  324 → 356, 428 → 481, 443 → 518    causal  203 → 234, 333 → 382, 430 → 517
              backward  73 → 186,  82 → 228,  81 → 230    causal   67 → 145,  80 → 212,  83 → 256
 
-(D = 256 from another run; in its backward v2's two kernels were timed one by one.)
+(D = 256 from another run; in its backward v2's two kernels were timed one by one. v1's causal
+backward had a loop of its own for full tiles then.)
 """
 
 import torch
