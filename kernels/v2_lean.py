@@ -18,7 +18,7 @@ sums with the same programs, and leaves out what a tile does not need:
 
    The product dPᵀ is issued before the exponentials of P, which run beside it.
 
-3. **One loop.** v1 compiles its loops over keys twice, for full tiles and for masked ones, and masks
+3. **One loop.** v1 compiles its loops over keys twice, for full and for masked tiles, and masks
    every tile in its loop over queries. Here the mask is a branch that all threads of a program
    take alike. The loads stay in flight to the end, where a second loop would start its own, and
    the dK, dV kernel, whose registers are full, spills less.
