@@ -19,6 +19,7 @@ Without a GPU, Triton's interpreter runs the portable kernels on the cases it ca
 import argparse
 import contextlib
 import functools
+import inspect
 import json
 import math
 import multiprocessing
@@ -69,6 +70,7 @@ class Candidate(NamedTuple):
     ours: bool = False  # this project's: bitwise repeatable, deaf to NaN in masked keys
     portable: bool = False  # takes every case: a refusal is a failure
     tiled: bool = False  # never touches the tiles right of the diagonal
+    deterministic: bool = False  # takes that keyword: without it dq may differ between calls
 
 
 def candidate(name):
@@ -78,9 +80,9 @@ def candidate(name):
     ours = kernel or row.target.startswith("backends.naive")
     portable = ours and row.capability < (9, 0)
     lse = "" if not kernel else "stored" if row.family == "standard" else "fp32"
-    return Candidate(
-        name, load(name), row.backward, lse, ours, portable, kernel and row.family == "flash"
-    )
+    tiled, attention = kernel and row.family == "flash", load(name)
+    keyword = "deterministic" in inspect.signature(attention).parameters
+    return Candidate(name, attention, row.backward, lse, ours, portable, tiled, keyword)
 
 
 _candidate = functools.cache(candidate)
@@ -114,15 +116,18 @@ class InputChangedError(Exception):
     """A backend wrote into its inputs."""
 
 
-def call(c, case, q, k, v, do):
+def call(c, case, q, k, v, do, deterministic=False):
     """The outputs of candidate c, from poisoned memory. The inputs have to survive the call."""
+    attention = c.attention
+    if c.deterministic:  # said either way: to poison sets what would decide otherwise
+        attention = functools.partial(attention, deterministic=deterministic)
     named = [(n, t) for n, t in (("q", q), ("k", k), ("v", v), ("do", do)) if t is not None]
     before = [] if case.heavy else [t.clone() for _, t in named]
     if not case.heavy:
         poison(q, k)
     options = {"causal": case.causal, "scale": case.scale, "lse": bool(c.lse)}
     with poisoned_empty() if c.lse else contextlib.nullcontext():
-        got = errors.run(c.attention, q, k, v, do, **options)
+        got = errors.run(attention, q, k, v, do, **options)
     if q.device.type == "cuda":
         torch.cuda.synchronize()  # an illegal access surfaces here, in the case that made it
     changed = [n for (n, t), old in zip(named, before, strict=False) if not _same(t, old)]
@@ -175,7 +180,12 @@ def budget(c, case, dtype, device):
     """Every output within its budget."""
     if not case.heavy:
         inputs, expectation = _prepared(c, case, dtype, device)
-        return errors.verdict(call(c, case, *inputs), expectation), []
+        verdict = errors.verdict(call(c, case, *inputs), expectation)
+        if c.deterministic and case.grad and verdict.ok:
+            verdict = errors.verdict(call(c, case, *inputs, deterministic=True), expectation)
+            if not verdict.ok:
+                verdict = verdict._replace(reasons=[f"deterministic: {r}" for r in verdict.reasons])
+        return verdict, []
     inputs = cases.inputs(case, dtype, device)
     got = call(c, case, *inputs)
     if case.h > 2:  # the first and the last head stand for all
@@ -185,30 +195,37 @@ def budget(c, case, dtype, device):
 
 
 def repeat(c, case, dtype, device):
-    """The same call again gives the same bits: always in the ladder's portable steps."""
+    """The same call again gives the same bits: always in the ladder's portable steps.
+
+    A step with the keyword `deterministic` promises it of dq where that is True, else of the rest.
+    """
     inputs, expectation = _prepared(c, case, dtype, device)
-    first = call(c, case, *inputs)
     reasons, findings = [], []
-    for _ in range(9 if device == "cuda" else 2):
-        again = call(c, case, *inputs)
-        pairs = [(n, first[n], again[n]) for n in first]
-        forward, backward = pairs[: 1 + bool(c.lse)], pairs[1 + bool(c.lse) :]
-        for part, promised in ((forward, c.ours), (backward, c.portable)):
-            more = _compare(c, promised, "same call again", part)
-            reasons, findings = reasons or more[0], findings or more[1]
+    for deterministic in (False, True) if c.deterministic and case.grad else (False,):
+        promised = {"o", "lse"} if c.ours else set()
+        promised |= {"dk", "dv"} if c.portable or c.deterministic else set()
+        promised |= {"dq"} if c.portable or deterministic else set()
+        what = "same call again" + ", deterministic" * deterministic
+        first = call(c, case, *inputs, deterministic=deterministic)
+        for _ in range(9 if device == "cuda" else 2):
+            again = call(c, case, *inputs, deterministic=deterministic)
+            for part in (promised, first.keys() - promised):
+                pairs = [(n, first[n], again[n]) for n in first if n in part]
+                more = _compare(c, part is promised, what, pairs)
+                reasons, findings = reasons or more[0], findings or more[1]
     return _with(errors.verdict(first, expectation), reasons), findings
 
 
 def independent(c, case, dtype, device):
     """NaN in one KV head of one batch, and the queries that read it, stays there."""
     inputs, expectation = _prepared(c, case, dtype, device)
-    clean = call(c, case, *inputs)
+    clean = call(c, case, *inputs, deterministic=True)
     group = case.h // case.h_kv
     hurt = [None if t is None else t.clone() for t in inputs]
     for t, width in zip(hurt, (group, 1, 1, group), strict=True):
         if t is not None:
             t[0, :width] = math.nan
-    got = call(c, case, *hurt)
+    got = call(c, case, *hurt, deterministic=True)
     pairs = []
     for n in clean:
         width = 1 if n in ("dk", "dv") else group
@@ -389,12 +406,11 @@ class Worker:
 
 def _effort(part):
     """Roughly the seconds a list of tasks takes: compilations first of all."""
+    name = part[0][0]
+    if name in cases.CORE_ONLY:
+        return 100 * len(part)  # first of all: a list of one such case can outlast the rest
     builds = len({(c.d, c.causal) for _, c, _ in part})
-    if part[0][0] in cases.CORE_ONLY:
-        builds = 5 * len(part)
-    return (1 if BACKENDS[part[0][0]].target.startswith("kernels.") else 0.1) * builds + len(
-        part
-    ) / 20
+    return (1 if BACKENDS[name].target.startswith("kernels.") else 0.1) * builds + len(part) / 20
 
 
 def run_in_workers(work, device, jobs, show):
@@ -653,6 +669,8 @@ def plan(args):
             parts = defaultdict(list)
             for c in grid:  # on a GPU, what compiles together runs together
                 key = () if args.device == "cpu" else (c.grad, c.d != 64, c.d > 96)
+                if name in cases.CORE_ONLY:  # nothing to share: every case compiles
+                    key = c
                 parts[key].append((name, c, dtype))
             work += parts.values()
         skipped += [f"{name} {', '.join(d)}: {why}" for why, d in reasons.items()]

@@ -55,6 +55,7 @@ MEAN_FACTOR = 1.5
 ULPS = 2
 LSE_ULPS = 8
 NOISE_ULPS = {torch.float16: 4, torch.bfloat16: 4, torch.float32: 2}  # tensor cores truncate sums
+NORMALISE = {"o": 1.5 * torch.finfo(torch.float32).eps}  # relative; see noise above
 CHANCE = 1e-6  # δ of the guard
 DRAW_ROWS, MAX_DRAWS = 128, 16  # draws are repeated until this many rows were seen
 EPS32, TINY32 = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
@@ -295,7 +296,14 @@ def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
     for n in names:
         true, (yard_max, yard_mean, yard_gain) = reference[n], worst[n]
         largest, count = (true.abs().max().item(), true.numel()) if true.numel() else (0.0, 1)
-        noise, mean_noise = (TINY32 + t for t in reference["noise"].get(n, (0.0, 0.0)))
+        last = NORMALISE.get(n, 0.0)
+        typical = true.abs().mean().item() if true.numel() else 0.0
+        noise, mean_noise = (
+            TINY32 + t + last * size
+            for t, size in zip(
+                reference["noise"].get(n, (0.0, 0.0)), (largest, typical), strict=True
+            )
+        )
         max_budget = MAX_FACTOR[n] * yard_max + ULPS * ulp(largest, q.dtype) + noise
         guard = max_budget * math.sqrt(-math.log(CHANCE) / (2 * count))
         mean_budget = MEAN_FACTOR * yard_mean + guard + mean_noise
@@ -303,7 +311,7 @@ def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
         rms = true.square().mean().sqrt().item() if true.numel() else 0.0
         rows = max(1, min(q[..., 0].numel(), k[..., 0].numel()))
         chance = 6 * mean_budget / (rms * math.sqrt(rows)) if rms else math.inf
-        gain_budget = MAX_FACTOR[n] * yard_gain + chance + 2 * EPS32
+        gain_budget = MAX_FACTOR[n] * yard_gain + chance + 2 * EPS32 + last
         budget[n] = Budget(max_budget, mean_budget, gain_budget)
     if lse:
         stored = torch.float32 if lse is True else lse

@@ -303,3 +303,14 @@ def test_naive_never_builds_the_mask_twice():
     for _ in range(3):
         naive.attention(q, k, v, causal=True)
     assert naive._hidden.cache_info().misses == 1
+
+
+@pytest.mark.parametrize(("ulps", "ok"), [(1.4, True), (6.0, False)])
+def test_an_approximate_reciprocal_is_no_error(ulps, ok):
+    """Keys that take all the weight: eager normalises by exactly 1, a flash kernel by 1/l."""
+    q, k, v, _ = tensors(FP32, b=1, h=1, h_kv=1, n_q=113, n_k=139, d=64)
+    expectation = errors.expect(q * 100, k * 100, v)
+    right = expectation.reference["o"].float()
+    got = right * (1 + ulps * torch.finfo(FP32).eps)
+    verdict = errors.verdict({"o": got}, expectation)
+    assert verdict.ok == ok, verdict.reasons
