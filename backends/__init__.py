@@ -47,6 +47,7 @@ BACKENDS = {
     "v4_warp_specialized": Backend("v4 warp-specialised", "flash", "kernels.v4_warp_specialized:attention", None, (9, 0), HALF, False, needs=HOPPER),
     "v5_pingpong": Backend("v5 ping-pong", "flash", "kernels.v5_pingpong:attention", None, (9, 0), HALF, False, needs=HOPPER),
     "v6_persistent": Backend("v6 persistent", "flash", "kernels.v6_persistent:attention", None, (9, 0), HALF, False, needs=HOPPER),
+    "v7_hopper_backward": Backend("v6 + v7", "flash", "kernels.hopper:attention", None, (9, 0), HALF, needs=HOPPER),
 }  # fmt: skip
 
 

@@ -89,6 +89,9 @@ def source(backend=None, method=METHOD):
         paths = [ROOT / f"{module}.py"]
         if module.startswith("kernels/"):
             paths += ROOT.glob("kernels/_*.py")
+            joined = re.findall(r"^from \. import (.+)$", paths[0].read_text(), re.MULTILINE)
+            steps = (name for line in joined for name in re.findall(r"\bv\d\w*", line))
+            paths += (ROOT / f"kernels/{name}.py" for name in steps)
     digest = hashlib.sha256()
     for path in [*sorted(paths), *(ROOT / p for p in method)]:
         digest.update(path.read_bytes())

@@ -95,6 +95,7 @@ USABLE = 0.94
 KINDS = {
     "sdpa-efficient": "legacy", "sdpa-cudnn": "hopper", "flash-attn-4": "hopper",
     "v4_warp_specialized": "hopper", "v5_pingpong": "hopper", "v6_persistent": "hopper",
+    "v7_hopper_backward": "hopper",
 }  # fmt: skip
 SORTS = {
     "hopper": "loads, products and softmax overlap",

@@ -47,6 +47,7 @@ KNOWN_SPILLS = {
     ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 8),
     ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (64, 552),
     ("v3_tma", 256, "float32", "_dq_kernel"): (548, 580),
+    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 16),
 }
 LENGTHS = (512, 16384)  # some launchers take another kernel for much work than for little
 
@@ -210,8 +211,13 @@ def steps():
     """The ladder's steps in order, as {step: row of the table of backends}."""
     from flashstudy.backends import BACKENDS
 
-    rows = ((row.target.split(":")[0], row) for row in BACKENDS.values())
-    return {m.removeprefix("kernels."): row for m, row in rows if m.startswith("kernels.")}
+    return {name: row for name, row in BACKENDS.items() if row.target.startswith("kernels.")}
+
+
+def has(step, direction, head_dim):
+    """Whether a step launches "forward" or "backward" kernels for this head dim."""
+    module = importlib.import_module(f"flashstudy.kernels.{step}")
+    return hasattr(module, direction) and head_dim <= getattr(module, "MAX_HEAD_DIM", head_dim)
 
 
 def main(argv=None):
@@ -247,7 +253,7 @@ def main(argv=None):
             arch < lowest
             or (row.needs and arch != lowest)
             or dtypes[dtype] not in row.dtypes
-            or (backward and not row.backward)
+            or not has(step, "backward" if backward else "forward", d)
         ):
             continue
         what = [step, f"sm_{arch}", d, dtype, "causal" if causal else "full"]

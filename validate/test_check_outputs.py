@@ -219,6 +219,56 @@ def test_what_was_not_promised_is_a_finding(judge):
     assert record["findings"]
 
 
+def _wavers(name, always):
+    """Correct attention whose gradient `name` differs in its last bit from call to call, always or
+    unless deterministic."""
+
+    def attention(q, k, v, *, causal=False, scale=None, return_lse=False, deterministic=False):
+        t = {"dq": q, "dk": k}[name]
+        if t.requires_grad and (always or not deterministic):
+            seen.append(t)
+            # One element 1 ulp up, another one in each call.
+            step = torch.zeros_like(t).view(-1)
+            step[len(seen) % t.numel()] = torch.finfo(t.dtype).eps
+            t.register_hook(lambda g: g + g * step.view(g.shape))
+        return faults.attention()(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+
+    seen = []
+    return Candidate("x", attention, True, "fp32", True, deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "always", "status"),
+    [("dq", False, "ok"), ("dq", True, "fail"), ("dk", False, "fail"), ("dk", True, "fail")],
+)
+def test_what_the_keyword_deterministic_promises(name, always, status):
+    """dq repeats where it is asked for, the other gradients in any case."""
+    case = next(c for c in cases.every() if c.judge == "repeat" and c.grad and c.n_q < 100)
+    record = check_outputs.judge(_wavers(name, always), case, FP32, "cpu")
+    assert record["status"] == status
+    if status == "fail":
+        where = "deterministic: dq" if name == "dq" else "again: dk"
+        assert f"{where} changed" in record["reasons"][0]
+    else:
+        assert record["findings"] == ["same call again: dq changed"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_gradients_are_judged_with_the_keyword_and_without(broken):
+    """A fault in the kernel that only deterministic=True runs is a failure."""
+
+    def attention(q, k, v, *, causal=False, scale=None, return_lse=False, deterministic=False):
+        fault = "dq 1 % off" if deterministic and broken else ""
+        return faults.attention(fault)(q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+
+    case = next(c for c in cases.every() if c.quick and c.n_q == 113 and c.grad)
+    candidate = Candidate("x", attention, True, "fp32", True, deterministic=True)
+    record = check_outputs.judge(candidate, case, FP32, "cpu")
+    assert record["status"] == ("fail" if broken else "ok")
+    if broken:
+        assert record["reasons"][0].startswith("deterministic: dq")
+
+
 def test_every_judge_is_used_and_known():
     assert {c.judge for c in cases.every()} == set(check_outputs.PROPERTIES)
 

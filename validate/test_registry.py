@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import types
@@ -16,6 +17,10 @@ from flashstudy.backends import BACKENDS, load, why_not
 
 ROOT = pathlib.Path(backends.__file__).resolve().parents[1]
 STEPS = sorted(p.stem for p in (ROOT / "kernels").glob("v[0-9]*_*.py"))
+# What users call runs several steps, and these two modules bring them together: `hopper` a forward
+# and a backward that are files of their own, `__init__` whichever step suits the tensors.
+JOINED = {"hopper": {"v6_persistent", "v7_hopper_backward"}}
+JOINING = {"__init__", *JOINED}
 PACKAGES = {"kernels", "backends", "bench", "validate", "figures", "block"}
 
 
@@ -65,16 +70,42 @@ def test_target_is_a_function_of_the_contract(name):
 
 def test_every_step_has_a_row_and_every_row_a_step():
     rows = {n: r.target for n, r in BACKENDS.items() if r.target.startswith("kernels.")}
-    forward = {t.removeprefix("kernels.").split(":")[0] for t in rows.values()}
-    missing = [s for s in STEPS if s not in forward and "def attention(" in _text(s)]
-    assert not missing, f"no row for {missing}"
-    assert forward <= set(STEPS)
-    assert all(n == t.removeprefix("kernels.").split(":")[0] for n, t in rows.items())
+    assert sorted(rows) == STEPS
+    for name, target in rows.items():
+        module = target.removeprefix("kernels.").split(":")[0]
+        if "def attention(" in _text(name):
+            assert module == name
+        else:  # a backward alone: its row runs the module that joins it to a forward
+            assert name in JOINED[module]
 
 
 def test_every_step_has_a_line_in_the_ladder():
     text = (ROOT / "kernels" / "README.md").read_text()
     assert not [s for s in STEPS if f"{s}.py" not in text]
+
+
+@pytest.mark.parametrize(("module", "steps"), JOINED.items())
+def test_records_of_joined_steps_are_of_all_their_sources(module, steps, tmp_path, monkeypatch):
+    """A change in one of the joined files makes measurements new; in another file it does not."""
+    from flashstudy.bench import common
+
+    (name,) = (n for n, r in BACKENDS.items() if r.target == f"kernels.{module}:attention")
+    for folder in ("kernels", "backends"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+
+    def source():
+        return common.source.__wrapped__(name, ())
+
+    before = source()
+    with open(tmp_path / "kernels" / "v3_tma.py", "a") as file:
+        file.write("# changed\n")
+    assert source() == before
+    for step in (module, *steps):
+        with open(tmp_path / "kernels" / f"{step}.py", "a") as file:
+            file.write("# changed\n")
+        assert source() != before
+        before = source()
 
 
 def _text(step):
@@ -218,8 +249,11 @@ def test_kernels_import_torch_triton_and_their_host_only(path):
     absolute, relative = _imports(path)
     roots = {n.split(".")[0] for n in absolute}
     assert roots <= {"torch", "triton"} | sys.stdlib_module_names
-    if path.name.startswith("v"):  # a step never imports another step
-        assert all(n.lstrip(".").startswith("_") for n in relative), relative
+    steps = {n.lstrip(".").split(".")[0] for n in relative if not n.lstrip(".").startswith("_")}
+    if path.stem in JOINED:
+        assert steps == JOINED[path.stem]
+    elif path.stem not in JOINING:  # a step never imports another step, nor do the shared parts
+        assert not steps
     assert all(n.startswith(".") and not n.startswith("..") for n in relative)
 
 
