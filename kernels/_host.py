@@ -63,13 +63,14 @@ def check(q, k, v, scale=None, dtypes=ALL_DTYPES):
 
     Raises ValueError naming the argument, what was expected and what came.
     """
-    if not q.ndim == k.ndim == v.ndim == 4:
+    q_shape, k_shape, v_shape, device, dtype = q.shape, k.shape, v.shape, q.device, q.dtype
+    if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.ndim != 4)
         raise ValueError(f"{name}: expected 4 dimensions (B, H, N, D), got {tuple(t.shape)}")
-    (b, h, _, d), k_shape, device, dtype = q.shape, k.shape, q.device, q.dtype
-    for name, t in (("k", k), ("v", v)):
-        if t.device != device:
-            raise ValueError(f"{name}: expected the device of q, {device}, got {t.device}")
+    b, h, _, d = q_shape
+    if not k.device == v.device == device:
+        name, t = ("k", k) if k.device != device else ("v", v)
+        raise ValueError(f"{name}: expected the device of q, {device}, got {t.device}")
     if torch.is_autocast_enabled(device.type):
         dtype = autocast_dtype(q)
         for name, t in (("k", k), ("v", v)):
@@ -83,13 +84,14 @@ def check(q, k, v, scale=None, dtypes=ALL_DTYPES):
         raise ValueError(f"q: expected a dtype among {names}, got {dtype}")
     if not 1 <= d <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim from 1 to {MAX_HEAD_DIM}, got {d}")
-    if k_shape[0] != b or k_shape[3] != d:
+    k_b, h_kv, _, k_d = k_shape
+    if k_b != b or k_d != d:
         raise ValueError(f"k: expected (B={b}, H_KV, N_K, D={d}), got {tuple(k_shape)}")
-    if v.shape != k_shape:
-        raise ValueError(f"v: expected the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
-    if k_shape[1] == 0 or h % k_shape[1]:
-        raise ValueError(f"k: expected H_KV dividing the {h} heads of q, got {k_shape[1]}")
-    if d > 1 and not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+    if v_shape != k_shape:
+        raise ValueError(f"v: expected the shape of k, {tuple(k_shape)}, got {tuple(v_shape)}")
+    if h_kv == 0 or h % h_kv:
+        raise ValueError(f"k: expected H_KV dividing the {h} heads of q, got {h_kv}")
+    if not q.stride()[3] == k.stride()[3] == v.stride()[3] == 1 and d > 1:
         name, t = next((n, t) for n, t in (("q", q), ("k", k), ("v", v)) if t.stride(3) != 1)
         raise ValueError(f"{name}: expected a contiguous last dim, got strides {t.stride()}")
     if not q.is_cuda:
@@ -113,6 +115,31 @@ def autocast_dtype(t):
     """The dtype that autocast gives to `t`: its own in float64, as everywhere in PyTorch."""
     castable = t.is_floating_point() and t.dtype != torch.float64
     return torch.get_autocast_dtype(t.device.type) if castable else t.dtype
+
+
+# --- Launching ----------------------------------------------------------------------------------
+
+
+_compiled = {}  # (function, key) -> triton's CompiledKernel
+
+
+def launch(kernel, key, grid, *args, **options):
+    """kernel[grid](*args, **options), quicker from the second launch of a key on.
+
+    At every launch Triton asks each argument anew what the kernel has to be compiled for: half of
+    the host's time of a small call. A launcher knows, and says it with the `key`: device, dtypes,
+    constants, and whatever else Triton specialises on. (That is nothing where the kernel exempts
+    its integers and its pointers are those of new tensors, which are always aligned.)
+
+    grid has three axes; args are positional, constants included; options are the compiler's.
+    """
+    compiled = _compiled.get((kernel.fn, key))
+    if compiled is not None:
+        compiled[grid](*args)
+        return
+    compiled = kernel[grid](*args, **options)
+    if getattr(compiled, "module", None) is not None:  # on a GPU: not interpreted, not only built
+        _compiled[kernel.fn, key] = compiled
 
 
 # --- The bridge into PyTorch --------------------------------------------------------------------

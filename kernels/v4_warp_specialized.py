@@ -336,13 +336,14 @@ def forward(q, k, v, causal, scale, allow_tf32):
 
     c = _config(D)
     q_tile, k_tile = [1, 1, ROWS, c.head_dim], [1, 1, c.block_n, c.head_dim]
-    _forward_kernel[(-(-N_Q // (CONSUMERS * ROWS)) * B * H,)](
+    tiles = -(-N_Q // (CONSUMERS * ROWS)) * B * H
+    _host.launch(
+        _forward_kernel, (q.get_device(), q.dtype, c, causal), (tiles, 1, 1),
         _gluon.descriptor(q, q.shape, _gluon.strides("q", q), q_tile),
         _gluon.descriptor(k, k.shape, _gluon.strides("k", k), k_tile),
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
         _gluon.descriptor(o, o.shape, _gluon.strides("o", o), q_tile),
-        lse, scale * _host.LOG2E, H, H // H_KV, N_Q, N_K,
-        STAGES=c.stages, CAUSAL=causal, num_warps=4,
+        lse, scale * _host.LOG2E, H, H // H_KV, N_Q, N_K, c.stages, causal,
     )  # fmt: skip
     return o, lse
 

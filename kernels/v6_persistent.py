@@ -70,6 +70,7 @@ had 702 at the start and 745 at the end:
 without the split, cuDNN 138); 16 queries over 32,768 keys, batch 4, 142 µs (cuDNN 389).
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -128,6 +129,72 @@ def _config(head_dim, causal, n_k):
     return CONFIGS[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
 
 
+class Sizes(NamedTuple):
+    """Run-time integers of the kernel, in the order of its arguments: no compilation for each.
+
+    Quotients come from the host: LLVM would compute them once, in front of the partitions, and keep
+    them in too few registers.
+    """
+
+    H: int  # heads of q_desc
+    GROUP: int  # of them to one head of K
+    N_Q: int
+    N_K: int
+    diagonal: int  # keys that query 0 sees, causal: N_K - N_Q + 1, may be negative
+    tiles: int  # of queries: all of them
+    tiles_m: int  # those of a head
+    tiles_n: int  # of keys
+    full_n: int  # those that no key is missing from
+    share_n: int  # of them: those of a share
+    B: int
+    heads: int  # heads of all batches
+    section: int  # heads whose tiles are neighbours
+    share_tiles: int  # tiles_m · heads
+    section_tiles: int  # tiles_m · section
+
+
+class Plan(NamedTuple):
+    """How a call is computed: what follows from its shapes alone."""
+
+    config: Config
+    pack: int  # heads in a tile
+    shares: int  # of the keys
+    programs: int
+    draw: bool  # tiles are drawn, else dealt
+    sizes: Sizes
+    q_tile: list[int]  # of five dims, see `Grouped heads`
+    k_tile: list[int]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
+    """The plan of a call on so many multiprocessors; N_Q and N_K are at least 1."""
+    c = _config(D, causal, N_K)
+    rows, group, pack = c.consumers * ROWS, H // H_KV, 1
+    tiles_m = -(-N_Q // rows)
+    if 1 < group <= MAX_PACK and group & (group - 1) == 0:  # tiles are powers of two
+        packed = -(-N_Q * group // rows)
+        if packed < group * tiles_m:
+            pack, tiles_m = group, packed
+    heads, tiles_n = B * H // pack, -(-N_K // c.block_n)
+    # Few tiles, long ones: split the keys, so that every multiprocessor has a share.
+    shares = min(processors // (tiles_m * heads), tiles_n // MIN_SHARE)
+    share_n = -(-tiles_n // shares) if shares >= MIN_SHARES else tiles_n
+    shares = -(-tiles_n // share_n)
+    tiles = tiles_m * heads * shares
+    programs = min(tiles, processors)
+    draw = causal and tiles_m >= DRAW_TILES and programs < tiles
+    section = 1
+    if draw:
+        section = min(heads, max(1, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim)))
+    sizes = Sizes(
+        H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1, tiles, tiles_m, tiles_n,
+        N_K // c.block_n, share_n, B, heads, section, tiles_m * heads, tiles_m * section,
+    )  # fmt: skip
+    q_tile, k_tile = [1, 1, ROWS // pack, pack, c.head_dim], [1, 1, c.block_n, c.head_dim]
+    return Plan(c, pack, shares, programs, draw, sizes, q_tile, k_tile)
+
+
 @aggregate
 class Work:
     """What every partition gets: tensors, buffers, barriers, sizes."""
@@ -149,21 +216,21 @@ class Work:
     tile_ready: gl.shared_memory_descriptor
     tile_empty: gl.shared_memory_descriptor
     scale_log2: gl.tensor
-    H: gl.tensor  # heads of q_desc
-    GROUP: gl.tensor  # of them to one head of K
+    H: gl.tensor  # from here to section_tiles: see Sizes
+    GROUP: gl.tensor
     N_Q: gl.tensor
     N_K: gl.tensor
-    diagonal: gl.tensor  # keys that query 0 sees, causal: N_K - N_Q + 1, may be negative
-    tiles: gl.tensor  # of queries: all of them
-    tiles_m: gl.tensor  # those of a head
-    tiles_n: gl.tensor  # of keys
-    full_n: gl.tensor  # those that no key is missing from
-    share_n: gl.tensor  # of them: those of a share
+    diagonal: gl.tensor
+    tiles: gl.tensor
+    tiles_m: gl.tensor
+    tiles_n: gl.tensor
+    full_n: gl.tensor
+    share_n: gl.tensor
     B: gl.tensor
-    heads: gl.tensor  # heads of all batches
-    section: gl.tensor  # heads whose tiles are neighbours
-    share_tiles: gl.tensor  # tiles_m · heads
-    section_tiles: gl.tensor  # tiles_m · section
+    heads: gl.tensor
+    section: gl.tensor
+    share_tiles: gl.tensor
+    section_tiles: gl.tensor
     CONSUMERS: gl.constexpr
     CAUSAL: gl.constexpr
     DRAW: gl.constexpr
@@ -522,16 +589,7 @@ def _consumer(w, WHICH: gl.constexpr):
         _take_turn(0)
 
 
-# Sizes come as run-time integers: no compilation for each. Quotients of them come from the host, or
-# LLVM would compute them once, in front of the partitions, and keep them in too few registers.
-SIZES = (
-    "H", "GROUP", "N_Q", "N_K", "diagonal",
-    "tiles", "tiles_m", "tiles_n", "full_n", "share_n", "B", "heads", "section",
-    "share_tiles", "section_tiles",
-)  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=SIZES)
+@gluon.jit(do_not_specialize=Sizes._fields)
 def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, scale_log2,
     H, GROUP, N_Q, N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
@@ -590,7 +648,7 @@ def _forward_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["H", "N_Q", "rows", "shares"])
+@triton.jit(do_not_specialize=["stride_ob", "stride_oh", "stride_om", "H", "N_Q", "rows", "shares"])
 def _merge_kernel(
     o_parts_ptr, lse_parts_ptr, o_ptr, lse_ptr, stride_ob, stride_oh, stride_om,
     H, N_Q, rows, shares, D: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -630,48 +688,30 @@ def forward(q, k, v, causal, scale, allow_tf32):
     if scale <= 0:  # the kernel takes the maximum before it scales
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
-    c = _config(D, causal, N_K)
-    rows, group, pack = c.consumers * ROWS, H // H_KV, 1
-    tiles_m = -(-N_Q // rows)
-    if 1 < group <= MAX_PACK and group & (group - 1) == 0:  # tiles are powers of two
-        packed = -(-N_Q * group // rows)
-        if packed < group * tiles_m:
-            pack, tiles_m = group, packed
-    heads, tiles_n = B * H // pack, -(-N_K // c.block_n)
-    programs = _gluon.multiprocessors(q.device)
-    # Few tiles, long ones: split the keys, so that every multiprocessor has a share.
-    shares = min(programs // (tiles_m * heads), tiles_n // MIN_SHARE)
-    share_n = -(-tiles_n // shares) if shares >= MIN_SHARES else tiles_n
-    shares = -(-tiles_n // share_n)
+    c, pack, shares, programs, draw, sizes, q_tile, k_tile = _plan(
+        B, H, H_KV, N_Q, N_K, D, causal, _gluon.multiprocessors(q.device)
+    )
     o_parts, lse_parts = o, lse
     if shares > 1:
         o_parts = torch.empty((shares * B, H, N_Q, D), dtype=q.dtype, device=q.device)
         lse_parts = torch.empty((shares * B, H, N_Q), dtype=torch.float32, device=q.device)
-    tiles = tiles_m * heads * shares
-    programs = min(tiles, programs)
-    section, drawn = 1, None
-    if causal and tiles_m >= DRAW_TILES and programs < tiles:
-        section = min(heads, max(1, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim)))
-        drawn = torch.zeros(1, dtype=torch.int32, device=q.device)
+    drawn = torch.zeros(1, dtype=torch.int32, device=q.device) if draw else lse
 
-    q_tile, k_tile = [1, 1, ROWS // pack, pack, c.head_dim], [1, 1, c.block_n, c.head_dim]
     q_shape, o_shape = (B, H // pack, N_Q, pack, D), (shares * B, H // pack, N_Q, pack, D)
     q_b, q_h, q_n, _ = _gluon.strides("q", q)
     o_b, o_h, o_n, _ = _gluon.strides("o", o_parts)
-    _forward_kernel[(programs,)](
+    _host.launch(
+        _forward_kernel, (q.get_device(), q.dtype, c, pack, causal, draw), (programs, 1, 1),
         _gluon.descriptor(q, q_shape, (q_b, q_h * pack, q_n, q_h, 1), q_tile),
         _gluon.descriptor(k, k.shape, _gluon.strides("k", k), k_tile),
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
         _gluon.descriptor(o_parts, o_shape, (o_b, o_h * pack, o_n, o_h, 1), q_tile),
-        lse_parts, lse_parts if drawn is None else drawn, scale * _host.LOG2E,
-        H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1,
-        tiles, tiles_m, tiles_n, N_K // c.block_n, share_n, B, heads, section,
-        tiles_m * heads, tiles_m * section,
-        c.consumers, 2, c.q_stages, causal, drawn is not None, c.pingpong, *c.registers,
-        num_warps=4,
+        lse_parts, drawn, scale * _host.LOG2E, *sizes,
+        c.consumers, 2, c.q_stages, causal, draw, c.pingpong, *c.registers,
     )  # fmt: skip
     if shares > 1:
-        _merge_kernel[(B * H * N_Q,)](
+        _host.launch(
+            _merge_kernel, (q.get_device(), q.dtype, D), (B * H * N_Q, 1, 1),
             o_parts, lse_parts, o, lse, *o.stride()[:3], H, N_Q, B * H * N_Q, shares, D, c.head_dim,
             num_warps=1,
         )  # fmt: skip

@@ -192,6 +192,35 @@ def test_the_short_way_gives_what_the_operator_gives():
     assert inside == [True]
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_launch_keeps_what_was_compiled(loaded):
+    """The first launch of a key is Triton's, the next ones are the compiled kernel's, if loaded."""
+    calls = []
+
+    class Recorder:
+        """A JIT function or what it compiled: notes who is launched, on what grid, with what."""
+
+        def __init__(self, name, returns=None):
+            self.name, self.returns, self.fn = name, returns, object()
+            self.module = object() if loaded else None
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                calls.append((self.name, grid, args, options))
+                return self.returns
+
+            return run
+
+    kernel = Recorder("jit", Recorder("compiled"))
+    other = Recorder("other", Recorder("compiled"))
+    for k, key, x in ((kernel, "a", 1), (kernel, "a", 2), (kernel, "b", 3), (other, "a", 4)):
+        _host.launch(k, key, (x, 1, 1), x, num_warps=4)
+    names = ["jit", "compiled" if loaded else "jit", "jit", "other"]
+    assert [c[0] for c in calls] == names
+    assert [c[1:3] for c in calls] == [((x, 1, 1), (x,)) for x in (1, 2, 3, 4)]
+    assert [c[3] for c in calls] == [{} if n == "compiled" else {"num_warps": 4} for n in names]
+
+
 def refused(message, q=None, k=None, v=None, **options):
     a, b, c = inputs()
     tensors = (a if q is None else q, b if k is None else k, c if v is None else v)
