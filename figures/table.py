@@ -13,13 +13,14 @@ import re
 import sys
 from pathlib import Path
 
-from flashstudy.figures import answers, grid, records, style
+from flashstudy.figures import answers, both, grid, records, style
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "figures" / "reference"
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 COMMANDS = {
     "seqlen": "python bench/seqlen.py",
+    "both": "python bench/reference.py --only both",
     "mixed": "python bench/seqlen.py --protocol mixed --backends naive sdpa sdpa-flash sdpa-cudnn"
     " flash-attn flash-attn-4 v1_flash v6_persistent",
     "ladder": "python bench/ladder.py",
@@ -77,6 +78,23 @@ def crossovers(scope):
     one = sweeps("seqlen", scope=scope, direction="forward")[0]
     header, rows = answers.crossover_table(one)
     return markdown(header, rows) + caption(one, "seqlen")
+
+
+def forward_and_backward():
+    """ms of both together in the block, and our fastest against the fastest other."""
+    one = next(both.pairs(sweeps("both", scope="block")), None)
+    if one is None:
+        raise TableError(f"{REFERENCE / 'both.jsonl'}: not in both directions")
+    rows = []
+    for backend in one.backends("ok", "oom", "failed", "wrong"):
+        found = [(one.at(backend, n, "time_ms"), one.status(backend, n)) for n in one.lengths]
+        cells = [significant(row["p50"]) if row else status or "–" for row, status in found]
+        rows.append([records.label(backend), *cells])
+    best = both.fastest(one, [n for n in records.table() if re.match(r"v\d+_", n)])
+    cells = [f"{best[n][2]:.2f}×" if n in best else "–" for n in one.lengths]
+    rows.append(["*our fastest over the best other*", *cells])
+    header = ["", *(style.tokens(n) for n in one.lengths)]
+    return markdown(header, rows) + caption(one, "both")
 
 
 def memory_fit():
@@ -198,6 +216,7 @@ TABLES = {
     "seqlen-attention": lambda: by_length("attention", "tflops", significant),
     "crossover-block": lambda: crossovers("block"),
     "crossover-attention": lambda: crossovers("attention"),
+    "both-block": forward_and_backward,
     "memory-fit": memory_fit,
     "short-calls": short_calls,
     "mixed": mixed,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from flashstudy.backends import BACKENDS
-from flashstudy.figures import answers, mixed, records, seqlen, style, table, trim
+from flashstudy.figures import answers, both, mixed, records, seqlen, style, table, trim
 
 LENGTHS = (128, 256, 512, 1024)
 BASE = {
@@ -286,7 +286,7 @@ def test_a_picture_says_which_records_it_shows(rich, tmp_path):
     assert sweep(other).digest() != sweep(rich).digest()
 
 
-@pytest.mark.parametrize("name", ["seqlen", "mixed"])
+@pytest.mark.parametrize("name", ["seqlen", "mixed", "both"])
 def test_the_committed_pictures_show_the_reference_records(name):
     path = table.REFERENCE / f"{name}.jsonl"
     if not path.exists():
@@ -296,6 +296,9 @@ def test_the_committed_pictures_show_the_reference_records(name):
     if name == "mixed":
         digests = [d for wide, half in answers.pairs(found) for d in (wide.digest(), half.digest())]
         pictures = [p for p in folder.glob("*-mixed-*.*") if p.suffix in (".png", ".svg")]
+    elif name == "both":
+        digests = [one.digest() for one in both.pairs(found)]
+        pictures = [p for p in folder.glob("*-both-*.*") if p.suffix in (".png", ".svg")]
     else:
         digests = [one.digest() for one in found]
         charts = ("runtime", "memory", "throughput", "tflops", "speedup")
@@ -309,10 +312,33 @@ def test_the_committed_pictures_show_the_reference_records(name):
         assert any(d.encode() in data for d in digests), stale
 
 
+def test_forward_and_backward_are_added(tmp_path):
+    forward = [*times("sdpa-cudnn", (1.0, 2.0, 3.0, 4.0)), *times("v1_flash", (2.0, 2.0, 2.0, 2.0))]
+    more = {"direction": "backward"}
+    backward = [
+        *times("sdpa-cudnn", (3.0, 4.0, 6.0, 8.0), **more),
+        *times("v1_flash", (4.0, 4.0, 4.0), **more),
+        *lost("v1_flash", 1024, "oom", "OutOfMemoryError: out", **more),
+    ]
+    (one,) = both.pairs(records.sweeps([*forward, *backward]))
+    assert [r["p50"] for _, r in one.series("sdpa-cudnn", "time_ms")] == [4.0, 6.0, 9.0, 12.0]
+    assert one.at("v1_flash", 256, "time_ms")["p80"] == pytest.approx(6.0 * 1.01)
+    assert one.status("v1_flash", 1024) == "oom"
+    assert both.fastest(one, ["v1_flash"]) == {
+        128: ("v1_flash", "sdpa-cudnn", 4.0 / 6.0),
+        256: ("v1_flash", "sdpa-cudnn", 1.0),
+        512: ("v1_flash", "sdpa-cudnn", 1.5),
+    }
+    assert [p.name for p in both.draw(records.sweeps([*forward, *backward]), tmp_path)] == [
+        "block-both-speedup.png",
+        "block-both-speedup.svg",
+    ]
+
+
 def test_nothing_to_draw_is_an_error(tmp_path, capsys):
     empty = tmp_path / "r.jsonl"
     empty.write_text("")
-    for program in (seqlen, mixed):
+    for program in (seqlen, mixed, both):
         with pytest.raises(SystemExit) as stop:
             program.main([str(empty), "--out", str(tmp_path / "out")])
         assert stop.value.code == 2
@@ -329,7 +355,8 @@ def reference(rich, tmp_path, monkeypatch):
     rows = [*rich, *(r | {"scope": "attention"} for r in rich)]
     rows += [r | {"metric": "tflops"} for r in rows if r["metric"] == "tokens_per_s"]
     wide = [*times("naive", (8.0, 16.0, 32.0, 64.0), dtype="float32")]
-    for name, some in (("seqlen", rows), ("mixed", [*rich, *wide])):
+    twice = [*rich, *(r | {"direction": "backward"} for r in rich)]
+    for name, some in (("seqlen", rows), ("mixed", [*rich, *wide]), ("both", twice)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
     return tmp_path
 
