@@ -1,6 +1,6 @@
 """Every measurement behind the pictures and tables of this study, one program after the other.
 
-    python bench/reference.py                       # all of it: about a quarter of an hour on an H200
+    python bench/reference.py                       # all of it: a quarter of an hour on an H200
     python bench/reference.py --only seqlen mixed   # some
     python bench/reference.py --seconds 540         # start nothing new after nine minutes
     python figures/all.py results/reference         # then: every picture and table from the records
