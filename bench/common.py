@@ -2,10 +2,14 @@
 
 Clocks, all in milliseconds a call:
 
-    time_ms    GPU: device events around one eager call, the L2 cache flushed before each. CPU:
-               torch.utils.benchmark.Timer.
-    graph_ms   the same call replayed from a CUDA graph: the kernels without the host. Not flushed.
+    time_ms    GPU: device events around one eager call, the L2 cache flushed before each. Where a
+               call takes longer to launch than to run, the GPU idles before it until the host has
+               launched all of it: the time is the GPU's alone. CPU: torch.utils.benchmark.Timer.
+    graph_ms   the same call replayed from a CUDA graph, one after the other. Not flushed.
     host_ms    wall time of an eager call, called back to back: what a small call costs a program.
+
+Records whose `commit` is 62904e5ad105 or older were made without that idling: their time_ms below
+0.1 ms contains launches.
 
 Memory, in MiB of 2^20 bytes: the peak that one call adds to what was allocated before it (inputs
 and parameters excluded), and on a GPU the absolute peak. GPU: the caching allocator's counters.
@@ -41,6 +45,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 METHOD = ("block.py", "bench/common.py", "bench/seqlen.py")  # what the main job measures with
 FLUSH_BYTES = 256 * MIB  # several times the L2 cache of any GPU
+MOST_IDLE = 3e-3  # seconds before a timed call; no backend takes longer to launch
+GRAPH_CALLS = 20  # in one graph, at most: the start of a replay spreads over them
 # What is timed must compute attention: with this mask, scale and layout. How well it rounds is for
 # validate/check_outputs.py to judge, which allows one error budget where this allows four.
 GROSS = 4
@@ -268,34 +274,67 @@ def summary(samples):
 # Time
 
 
+def once(call):
+    """(seconds until the call was done, seconds until the host had launched it)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, launched - start
+
+
+def cost(call, once=once):
+    """The same of a typical call: the least of a few, unless one takes long."""
+    costs = [once(call)]
+    if costs[0][0] < 0.02:
+        costs += [once(call) for _ in range(3)]
+    return tuple(min(c) for c in zip(*costs, strict=True))
+
+
+def idle_before(costs):
+    """Seconds for which the GPU should idle before calls of such costs, so that the host is ahead.
+
+    0 where the GPU is busy with each for long enough after its launch.
+    """
+    slow_hosts = [host for done, host in costs if 1.2 * host > done - host]
+    return min(MOST_IDLE, max((1.5 * host for host in slow_hosts), default=0.0))
+
+
+def event_times(call, calls, flush=None, idle=0.0):
+    """Milliseconds of each of `calls` calls between device events.
+
+    Before each, the L2 cache is flushed where there is a tensor to do it with, and the GPU idles
+    for `idle` seconds.
+    """
+    start, stop = ([torch.cuda.Event(enable_timing=True) for _ in range(calls)] for _ in range(2))
+    for a, b in zip(start, stop, strict=True):
+        if flush is not None:
+            flush.zero_()
+        if idle:
+            torch.cuda._sleep(int(idle * 2e9))  # cycles; Hopper's clock stays under 2 GHz
+        a.record()
+        call()
+        b.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(start, stop, strict=True)]
+
+
+def flush_buffer(device):
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+
 def samples(fn, device, seconds, least, most):
     """Milliseconds of single calls of fn: about `seconds` of them, from `least` to `most`."""
     if device.type == "cpu":
         return _cpu_samples(fn, seconds, least, most)
-    start, end = _events(), _events()
     fn()
-    start.record()
-    fn()
-    end.record()
-    torch.cuda.synchronize()
-    estimate = max(start.elapsed_time(end), 1e-3)
-    for _ in range(min(20, int(5 / estimate))):  # 5 ms of warm-up, the clocks rise
+    done, launched = cost(fn)
+    for _ in range(min(20, int(5e-3 / done))):  # 5 ms of warm-up, the clocks rise
         fn()
-
-    count = max(least, min(most, int(seconds * 1e3 / estimate)))
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-    pairs = [(_events(), _events()) for _ in range(count)]
-    for start, end in pairs:
-        flush.zero_()
-        start.record()
-        fn()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
-
-
-def _events():
-    return torch.cuda.Event(enable_timing=True)
+    idle = idle_before([(done, launched)])
+    count = max(least, min(most, int(seconds / (done + idle))))
+    return event_times(fn, count, flush_buffer(device), idle)
 
 
 def _cpu_samples(fn, seconds, least, most):
@@ -312,22 +351,42 @@ def _cpu_samples(fn, seconds, least, most):
     return [t * 1e3 for t in times[::step]]
 
 
-def graph_samples(fn):
-    """Milliseconds a call, replayed from a CUDA graph that holds some 2 ms of calls."""
-    from triton.testing import do_bench_cudagraph
+def capture(fn, calls):
+    """A CUDA graph of so many calls of fn, which has been called before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fn()  # what is set up once a stream (cuBLAS' workspace) is no part of the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            fn()
+    return graph
 
-    return do_bench_cudagraph(fn, rep=2, return_mode="all")
+
+def graph_calls(done):
+    """How many calls of so many seconds one graph should hold."""
+    return max(1, min(GRAPH_CALLS, int(2e-3 / done)))
 
 
-def host_samples(fn, batches=20, calls=10):
+def graph_samples(fn, count=20):
+    """Milliseconds a call, replayed from a CUDA graph of several; one sample a replay."""
+    calls = graph_calls(cost(fn)[0])
+    graph = capture(fn, calls)
+    idle = idle_before([cost(graph.replay)])
+    return [t / calls for t in event_times(graph.replay, count, idle=idle)]
+
+
+def host_samples(fn, batches=20, calls=10, wait=torch.cuda.synchronize):
     """Wall milliseconds of an eager call among calls made back to back, one sample a batch."""
     times = []
     for _ in range(batches):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         for _ in range(calls):
             fn()
-        torch.cuda.synchronize()
+        wait()
         times.append((time.perf_counter() - start) * 1e3 / calls)
     return times
 

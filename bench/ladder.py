@@ -29,20 +29,13 @@ from dataclasses import replace
 import torch
 from flashstudy.backends import load
 from flashstudy.bench import cells, common, rounds
-from flashstudy.bench.rounds import MATMUL
+from flashstudy.bench.rounds import CHOSEN, MATMUL
 from flashstudy.figures import grid
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 LENGTHS = (512, 4096, 16384)
 SMALL_LENGTHS = (128, 512)
-# torch's kernels by name are chosen outside the timed call: a user who wants one of them chooses it
-# once, and the choice costs several µs of Python.
-CHOSEN = {
-    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 SMALL_PEERS = (*CHOSEN, "flex", "flash-attn", "flash-attn-4")
 CLOCKS = {"host_ms": common.host_samples, "graph_ms": common.graph_samples}
 

@@ -25,17 +25,25 @@ from flashstudy.backends import load, why_not
 from flashstudy.bench import common
 from flashstudy.figures import grid
 from flashstudy.validate import errors
+from torch.nn.attention import SDPBackend
 
 MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns like a backend
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
 SETUP_SHARE = 0.5  # of a budget
 MOST_CALLS = 100  # of one backend in one turn
-MOST_IDLE = 1e-3  # seconds before a call; no backend takes longer to launch
-# What compiles for seconds a configuration (flash-attn-4) or a shape (flex) and is not ours: the
-# first to be left out where a budget is short.
-SLOW_SETUP = ("flash-attn-4", "flex")
-DISK_CACHED = ("flex",)  # and our steps: compiled in one process, found by the next one
+# What compiles for seconds a configuration (flash-attn-4) or a shape and is not ours: the first to
+# be left out where a budget is short.
+SLOW_SETUP = ("flash-attn-4", "flex", "naive-compiled")
+# torch's kernels by name are chosen outside the timed call where the host's time counts: a user who
+# wants one of them chooses it once, and the choice costs several µs of Python.
+CHOSEN = {
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+# And our steps: compiled in one process, found by the next one.
+DISK_CACHED = ("flex", "naive-compiled")
 WORKERS = 14  # processes that compile at once, at most
 PATIENCE = 120  # seconds without any of them being done: what is left hangs
 
@@ -71,32 +79,16 @@ class GpuTimer:
     device = "cuda"
 
     def __init__(self):
-        self.flush = torch.empty(common.FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        self.flush = common.flush_buffer(self.device)
         self.flush_s = min(self.once(self.flush.zero_)[0] for _ in range(5))
 
     def once(self, call):
         """(seconds until the call was done, seconds until the host had launched it)."""
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        launched = time.perf_counter()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, launched - start
+        return common.once(call)
 
     def turn(self, call, calls, idle):
         """Milliseconds of each of `calls` calls, the GPU idle for `idle` seconds before each."""
-        start, stop = (
-            [torch.cuda.Event(enable_timing=True) for _ in range(calls)] for _ in range(2)
-        )
-        for a, b in zip(start, stop, strict=True):
-            self.flush.zero_()
-            if idle:
-                torch.cuda._sleep(int(idle * 2e9))  # cycles; Hopper's clock stays under 2 GHz
-            a.record()
-            call()
-            b.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in zip(start, stop, strict=True)]
+        return common.event_times(call, calls, self.flush, idle)
 
 
 def inputs(cell, dtype, device, seed):
@@ -109,10 +101,12 @@ def inputs(cell, dtype, device, seed):
 
 
 def closure(attention, cell, q, k, v, do):
-    """The call that is timed: the forward, or the backward of a forward that is done here."""
+    """The call that is timed: the forward, both, or the backward of a forward that is done here."""
     if cell.direction == "forward":
         return lambda: attention(q, k, v, causal=cell.causal)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    if cell.direction == grid.BOTH:
+        return lambda: torch.autograd.grad(attention(*leaves, causal=cell.causal), leaves, do)
     o = attention(*leaves, causal=cell.causal)
     return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
@@ -128,7 +122,7 @@ def matmul_closure(dtype, device, seed):
 
 def grad_mode(cell):
     """Autograd as a user has it: off in a forward cell."""
-    return torch.set_grad_enabled(cell.direction == "backward")
+    return torch.set_grad_enabled(cell.direction != "forward")
 
 
 def failure(error):
@@ -179,6 +173,7 @@ class Precompiler:
         self.pool = concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=multiprocessing.get_context(start)
         )
+        self.hung = None  # the tasks that never end, once known
         self.begun = tempfile.TemporaryDirectory()  # a file for each task that a process has begun
         self.tasks = {
             self.pool.submit(begin, f"{self.begun.name}/{i}", work, task): (i, task)
@@ -192,14 +187,16 @@ class Precompiler:
             done, left = concurrent.futures.wait(left, patience, concurrent.futures.FIRST_COMPLETED)
             if not done:
                 break
+        if self.hung is not None:
+            return self.hung
         begun = {int(name) for name in os.listdir(self.begun.name)}
-        hung = [task for i, task in map(self.tasks.get, left) if i in begun]
+        self.hung = [task for i, task in map(self.tasks.get, left) if i in begun]
         processes = list((self.pool._processes or {}).values()) if left else []
         self.pool.shutdown(wait=not left, cancel_futures=True)
         for process in processes:
             process.kill()
         self.begun.cleanup()
-        return hung
+        return self.hung
 
 
 class Verifier:
@@ -216,7 +213,7 @@ class Verifier:
 
     def inputs(self, cell):
         *qkv, do = inputs(cell, self.dtype, self.device, self.seed)
-        return *qkv, do if cell.direction == "backward" else None
+        return *qkv, do if cell.direction != "forward" else None
 
     def expect(self, cell):
         """Compute what `verdict` compares with, once a cell."""
@@ -297,7 +294,7 @@ class Session:
 
     def why_not(self, name, cell):
         """Asked once: a package that does not import takes its time to say so, every time."""
-        key = name, cell.direction == "backward"
+        key = name, cell.direction != "forward"
         if key not in self.reasons:
             self.reasons[key] = why_not(name, self.timer.device, self.dtype, key[1])
         return self.reasons[key]
@@ -323,29 +320,30 @@ class Session:
         with grad_mode(cell):
             call = self.closure(it.name, cell, self.inputs(cell))
             self.timer.once(call)
-            costs = [self.timer.once(call)]
-            if costs[0][0] < 0.02:
-                costs += [self.timer.once(call) for _ in range(3)]
-        it.cost, it.host = (min(c) for c in zip(*costs, strict=True))
+            it.cost, it.host = common.cost(call, self.timer.once)
 
-    def precompile(self):
-        """Start compiling what is found on disk later: each step once a sweep, flex every shape."""
+    def to_compile(self):
+        """Tasks that leave their results on disk: a step once a sweep, DISK_CACHED every shape."""
         tasks = {}
         for cell, names in self.plan.items():
             for name in names:
                 if name in DISK_CACHED or name in grid.steps():
                     at = cell if name in DISK_CACHED else smallest(cell, self.plan)
                     tasks[name, at] = None
-        tasks = [(*task, self.dtype, self.seed) for task in tasks if self.why_not(*task) is None]
-        return Precompiler(tasks)
+        return [(*task, self.dtype, self.seed) for task in tasks if self.why_not(*task) is None]
 
-    def set_up_all(self, progress):
+    def precompile(self):
+        return Precompiler(self.to_compile())
+
+    def set_up_all(self, progress, compiling=None):
         """Set up everything; of SLOW_SETUP nothing more once the set-up's share of time is up.
 
-        While other processes compile our steps, this one sets up what they cannot help with.
+        compiling: the Precompiler at work on what is to compile; one is started where there is
+        none. While other processes compile our steps, this one sets up what they cannot help with.
         Returns [(name, cell)] of what was left out.
         """
-        compiling = self.precompile() if self.timer.device == "cuda" else None
+        if compiling is None and self.timer.device == "cuda":
+            compiling = self.precompile()
         helped = (*DISK_CACHED, *grid.steps())
         pairs = [(name, cell) for cell, names in self.plan.items() for name in names]
         pairs.sort(key=lambda pair: (pair[0] in helped, pair[0] in SLOW_SETUP))
@@ -353,9 +351,10 @@ class Session:
         for name, cell in progress(pairs):
             if compiling is not None and name in helped:
                 self.report(f"waiting for {len(compiling.tasks)} compilations in other processes")
-                for hung, at, *_ in compiling.wait():
-                    reason = f"at N={at.length}: did not return within {PATIENCE} s"
-                    self.verdicts[hung, at] = ("failed", reason, None)
+                for hung, at, dtype, _ in compiling.wait():
+                    if dtype == self.dtype:
+                        reason = f"at N={at.length}: did not return within {PATIENCE} s"
+                        self.verdicts[hung, at] = ("failed", reason, None)
                 compiling = None
             late = self.seconds is not None and self.left() < self.seconds * (1 - SETUP_SHARE)
             if late and name in SLOW_SETUP:
@@ -383,8 +382,7 @@ class Session:
             for it in able:
                 self.attempt(it, lambda it=it: self.prepare(it, cell, given))
         running = [it for it in able if it.status == "ok"]
-        slow_hosts = [it.host for it in running if 1.2 * it.host > it.cost - it.host]
-        idle = min(MOST_IDLE, max((1.5 * host for host in slow_hosts), default=0.0))
+        idle = common.idle_before([(it.cost, it.host) for it in running])
         with grad_mode(cell):
             take_turns(able, self.rounds, lambda it: self.turn(it, slot, idle))
         for it in able:

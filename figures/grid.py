@@ -16,6 +16,7 @@ LONG_LENGTHS = (32768, 65536, 131072)
 HEAD_DIMS = (64, 128, 256)
 TOKENS, HIDDEN = 16384, 2048
 MATMUL = "matmul"  # the 8192³ matrix product, on record beside the backends
+BOTH = "forward+backward"  # in one call, as a training step has it
 DIRECTIONS = ("forward", "backward")
 STUDIES = ("ladder", "peers")  # the records that this module reads, by their field `study`
 
@@ -32,9 +33,8 @@ class Cell(NamedTuple):
     def flops(self):
         """4·B·H·N²·D (two matrix products), half of it causal; backward, with five, 2.5×."""
         forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim
-        return (
-            forward * (0.5 if self.causal else 1.0) * (1.0 if self.direction == "forward" else 2.5)
-        )
+        times = {"forward": 1.0, "backward": 2.5, BOTH: 3.5}[self.direction]
+        return forward * (0.5 if self.causal else 1.0) * times
 
     def __str__(self):
         mask = "causal" if self.causal else "full"
@@ -138,7 +138,7 @@ def digest(found):
 
 def order(cell):
     """Sort key: forward before backward, then head dim, full before causal, length."""
-    return (DIRECTIONS.index(cell.direction), *cell[1:])
+    return ((*DIRECTIONS, BOTH).index(cell.direction), *cell[1:])
 
 
 def tflops(row):
