@@ -32,6 +32,7 @@ FA2, FA4 = "flash_attn.flash_attn_interface", "flash_attn.cute.interface"
 HOPPER = "kernels._gluon:why_not"
 BACKENDS = {
     "naive": Backend("Naive", "standard", "backends.naive:attention", cpu="native"),
+    "naive-compiled": Backend("Naive compiled", "standard", "backends.naive_compiled:attention", None, (7, 0)),
     "sdpa": Backend("SDPA", "auto", "backends.torch_sdpa:sdpa", cpu="native"),
     "sdpa-math": Backend("SDPA math", "standard", "backends.torch_sdpa:sdpa_math", cpu="native"),
     "sdpa-efficient": Backend("SDPA efficient", "flash", "backends.torch_sdpa:sdpa_efficient"),

@@ -30,6 +30,7 @@ FAMILIES = ("shapes", "head dims", "heads", "values", "strides", "edges", "size"
 
 # Backends that compile anew for (almost) every case, seconds each: they get the core cases only.
 CORE_ONLY = {
+    "naive-compiled": "compiles every shape anew (seconds each)",
     "flex": "compiles every shape anew (seconds each)",
     "flash-attn-4": "compiles every head dim, mask, dtype and head grouping anew (seconds each)",
 }

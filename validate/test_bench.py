@@ -198,7 +198,7 @@ def test_ctrl_c_loses_no_record_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--backends", "nave"], "--backends: no backend 'nave'; there are naive, sdpa"),
+        (["--backends", "nave"], "--backends: no backend 'nave'; there are naive, naive-compiled"),
         (["--backends", ","], "--backends: expected at least one name"),
         (["--lengths", "-5"], "--lengths: expected a whole number from 1 up, got '-5'"),
         (["--lengths", "0"], "--lengths: expected a whole number from 1 up, got '0'"),
