@@ -2,8 +2,9 @@
 
     python figures/trim.py results/seqlen-nvidia-h200.jsonl figures/reference/seqlen.jsonl
 
-Keeps the rows of complete cells (one of each; of the ladder and the peers those of one run a cell)
-and of the machine's state, and writes fields that several rows in turn share as {"defaults": …}.
+Keeps the rows of complete cells (one of each; of the ladder and the peers those of one run a cell;
+of the trainings the newest) and of the machine's state, and writes fields that several rows in turn
+share as {"defaults": …}.
 Numbers keep six digits. Reading the result gives the same tables and charts.
 """
 
@@ -13,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from flashstudy.figures import grid, records
+from flashstudy.figures import grid, records, train
 
 OWN = {"metric", "unit", "value", "p50", "p20", "p80", "samples", "status", "reason", "when"}
 OWN |= {
@@ -29,20 +30,26 @@ OWN |= {
     "flops",
     "turns",
     "error_over_budget",
+    "kernels",
+    "curve",
 }
 
 
 def digits(value):
+    if isinstance(value, list):
+        return [digits(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def trim(rows):
     """The lines of the shortened file."""
     gridded = [r for r in rows if r.get("study") in grid.STUDIES]
-    rows = [r for r in rows if r.get("study") not in grid.STUDIES]
+    trained = [r for r in rows if r.get("study") == "train"]
+    rows = [r for r in rows if r.get("study") not in (*grid.STUDIES, "train")]
     kept = [r for cell in records.gather(rows).values() for r in cell.values()]
     kept += [r for r in rows if "backend" not in r]
     kept += grid.kept(gridded)
+    kept += train.Comparison(trained).rows if trained else []
     kept.sort(key=lambda r: ("backend" not in r, str([r.get(k) for k in sorted(set(r) - OWN)])))
 
     def shared(row):
