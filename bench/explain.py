@@ -269,33 +269,9 @@ def naive_bytes(cell):
     return seqlen.predict(cell._replace(backend="naive"))[0]
 
 
-class Ideal(torch.autograd.Function):
-    """The allocations of a flash kernel with a backward; computes nothing."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o
-
-    @staticmethod
-    def backward(ctx, do):
-        q, k, v, _, lse = ctx.saved_tensors
-        delta = torch.empty_like(lse)  # noqa: F841 (lives until the gradients are written)
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 def flash_bytes(cell):
     """Bytes that a call of any flash kernel must add: its output, lse, and gradients."""
-    if cell.direction == "forward":
-        return seqlen.predict(cell._replace(backend="sdpa-flash"))[1]
-    _, whole = seqlen.build(
-        cell, lambda q, k, v, *, causal=False: Ideal.apply(q, k, v), torch.device("meta")
-    )
-    whole()
-    with common.LiveBytes() as counted:
-        whole()
-    return counted.peak
+    return seqlen.predict(cell._replace(backend="sdpa-flash"))[1]
 
 
 def resident(cell):

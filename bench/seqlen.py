@@ -41,6 +41,7 @@ UNITS = {
     "time_ms": "ms", "graph_ms": "ms", "host_ms": "ms", "peak_delta_mib": "MiB",
     "peak_abs_mib": "MiB", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s",
 }  # fmt: skip
+SUMS_DQ = ("v7_hopper_backward",)  # dQ is added up in fp32, in memory
 INTERPRETED = "Triton kernels need a CUDA GPU; interpreted ones are never timed beside real ones"
 
 
@@ -142,22 +143,41 @@ def build(cell, attention, device):
     )
 
 
+class Ideal(torch.autograd.Function):
+    """The allocations of a flash kernel; computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sums_dq):
+        o, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.sums_dq = sums_dq
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, _, lse = ctx.saved_tensors
+        held = [torch.empty_like(lse)]  # delta lives until the gradients are written
+        if ctx.sums_dq:  # which take lse along, in base 2
+            held += [torch.empty_like(lse), torch.empty_like(q, dtype=torch.float32)]
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
 @functools.cache
 def predict(cell, kernel=None):
     """Delta peak bytes as (predicted, floor), None where unknown, by a run without memory.
 
     predicted: of an implementation written in torch operations alone, allocation by allocation.
     floor: of one whose scores stay on chip and that stores its output and log-sum-exp: the line
-    that a flash backend should lie on.
+    that a flash backend should lie on. Backward: of forward and backward, with delta and the
+    gradients, and the fp32 sums of dQ of those of our steps that have them; others hold more.
     """
 
     def ideal(q, k, v, *, causal=False, scale=None):
-        o, _ = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-        return o
+        return Ideal.apply(q, k, v, cell.backend in SUMS_DQ)
 
     row = backends.BACKENDS[cell.backend]
     standard = row.family == "standard" or kernel == "math"
-    if (standard and row.cpu != "native") or (not standard and cell.direction == "backward"):
+    if standard and row.cpu != "native":
         return None, None
     attention = ideal
     if standard:

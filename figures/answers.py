@@ -243,7 +243,12 @@ def _memory(sweep):
         text += " bytes a token fitted"
         if lines[0].analytic is not None:
             text += ", where the tensors that any implementation must hold make"
-            text += f" {lines[0].analytic:,.0f}"
+            least = min(s.analytic for s in lines if s.analytic is not None)
+            text += f" {least:,.0f}"
+            more = {f"{s.analytic:,.0f}": s.backend for s in lines if s.analytic is not None}
+            del more[f"{least:,.0f}"]
+            for number, backend in more.items():
+                text += f", {number} with the sums of dQ that {records.label(backend)} keeps"
         yield text + "."
     for s in bent:
         n, row = sweep.series(s.backend, "peak_delta_mib")[-1]

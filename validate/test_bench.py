@@ -350,6 +350,25 @@ def test_flash_memory_of_the_block_lies_on_its_analytic_line():
         assert result.bytes["peak_delta_mib"] == pytest.approx(floor, rel=0.25)
 
 
+@pytest.mark.parametrize("scope", ["block", "attention"])
+def test_flash_memory_of_forward_and_backward_is_known_too(scope):
+    cell = seqlen.Cell("sdpa-flash", scope, "backward", "float32", True, 2, 64, 4, 4, 1024)
+    predicted, floor = seqlen.predict(cell)
+    assert predicted is None
+    result = seqlen.Result()
+    seqlen.Bench(torch.device("cpu"), seqlen.EFFORTS["cpu", "quick"], 0).prepare(cell, result)
+    assert floor <= result.bytes["peak_delta_mib"] <= 2 * floor  # torch's CPU kernel holds more
+    # What the joined Hopper steps hold beside: sums of dQ in fp32, and lse once more.
+    halves = [
+        cell._replace(backend=n, dtype="bfloat16") for n in ("sdpa-flash", "v7_hopper_backward")
+    ]
+    without, summed = (seqlen.predict(c)[1] for c in halves)
+    if scope == "attention":
+        assert summed == without + 2 * 4 * 1024 * (16 * 4 + 4)
+    else:
+        assert without <= summed <= without + 2 * 4 * 1024 * (16 * 4 + 4)
+
+
 def test_the_mixed_protocol_measures_both_precisions_of_standard_attention(tmp_path, capsys):
     out = tmp_path / "r.jsonl"
     assert seqlen.main([*TWO, "--protocol", "mixed", "--out", str(out)]) == 0
