@@ -1,4 +1,4 @@
-"""What bench/ladder.py and bench/peers.py share: arguments, records and the run over the grid."""
+"""What ladder.py, peers.py and decode.py share: arguments, records and the run over the grid."""
 
 import argparse
 import shlex
@@ -38,8 +38,8 @@ def row(cell, it, dtype, about, metric="time_ms"):
         "B": cell.batch,
         "E": cell.heads * cell.head_dim,
         "H": cell.heads,
-        "H_KV": cell.heads,
-        "N_Q": cell.length,
+        "H_KV": cell.kv_heads or cell.heads,
+        "N_Q": cell.queries or cell.length,
         "N_K": cell.length,
         "D": cell.head_dim,
         "dtype": str(dtype).removeprefix("torch."),
@@ -117,10 +117,16 @@ def add_arguments(parser, backends, lengths):
         help="of a cell: the batch is TOKENS / N, at least 1 (default: %(default)s)")  # fmt: skip
     add("--hidden", type=common.positive, default=grid.HIDDEN,
         help="heads are HIDDEN / D (default: %(default)s)")  # fmt: skip
-    add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--limit", type=limit, action="append", default=[], metavar="NAME=N,…",
         help="this backend takes part at these lengths only; may be repeated. FlexAttention"
              " compiles every shape for seconds: flex=4096 keeps a run short")  # fmt: skip
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser):
+    """Those that say how to measure and where to, not what."""
+    add = parser.add_argument
+    add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--budget", type=common.positive, metavar="SECONDS",
         help="end within this time, set-up included: turns get shorter, and what does not fit is"
              " named and left to the next run (default: every turn takes --slot-ms)")  # fmt: skip

@@ -80,6 +80,7 @@ PARTS = {
     "small-calls": Part(
         "bench/ladder.py --small-calls --budget 45", "ladder.jsonl", "what a launch costs"
     ),
+    "decode": Part("bench/decode.py --budget 35", "decode.jsonl", "few queries over many keys"),
     "train": Part("bench/train.py", "train.jsonl", "does a model train alike"),
 }
 

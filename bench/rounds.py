@@ -92,11 +92,13 @@ class GpuTimer:
 
 
 def inputs(cell, dtype, device, seed):
-    """q, k, v and dO (B, H, N, D), standard normal."""
+    """q and dO (B, H, N_Q, D), k and v (B, H_KV, N_K, D) as (q, k, v, do), standard normal."""
     generator = torch.Generator(device).manual_seed(seed)
-    shape = (cell.batch, cell.heads, cell.length, cell.head_dim)
+    rows = (cell.batch, cell.heads, cell.queries or cell.length, cell.head_dim)
+    keys = (cell.batch, cell.kv_heads or cell.heads, cell.length, cell.head_dim)
     return tuple(
-        torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(4)
+        torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        for shape in (rows, keys, keys, rows)
     )
 
 
@@ -234,7 +236,7 @@ class Verifier:
 
 def smallest(cell, cells):
     """The cell in which to verify for this one: its sweep's shortest, VERIFY_LENGTH at most."""
-    sweep = [c for c in cells if c[:3] == cell[:3]]
+    sweep = [c for c in cells if (c[:3], c[6:]) == (cell[:3], cell[6:])]
     first = min(sweep, key=lambda c: c.length)
     return first._replace(length=VERIFY_LENGTH, batch=1) if first.length > VERIFY_LENGTH else first
 

@@ -18,27 +18,35 @@ TOKENS, HIDDEN = 16384, 2048
 MATMUL = "matmul"  # the 8192³ matrix product, on record beside the backends
 BOTH = "forward+backward"  # in one call, as a training step has it
 DIRECTIONS = ("forward", "backward")
-STUDIES = ("ladder", "peers")  # the records that this module reads, by their field `study`
+STUDIES = (
+    "ladder",
+    "peers",
+    "decode",
+)  # the records that this module reads, by their field `study`
 
 
 class Cell(NamedTuple):
     direction: str  # "forward", or "backward": from dO to finished dQ, dK, dV
     head_dim: int
     causal: bool
-    length: int  # N_Q = N_K
+    length: int  # N_K, and N_Q too unless `queries` says otherwise
     batch: int
     heads: int
+    kv_heads: int | None = None  # None: as many as heads
+    queries: int | None = None  # None: as many as keys
 
     @property
     def flops(self):
-        """4·B·H·N²·D (two matrix products), half of it causal; backward, with five, 2.5×."""
-        forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim
+        """4·B·H·N_Q·N_K·D (two matrix products), half of it causal; backward, with five, 2.5×."""
+        pairs = (self.queries or self.length) * self.length
+        forward = 4 * self.batch * self.heads * pairs * self.head_dim
         times = {"forward": 1.0, "backward": 2.5, BOTH: 3.5}[self.direction]
         return forward * (0.5 if self.causal else 1.0) * times
 
     def __str__(self):
         mask = "causal" if self.causal else "full"
-        return f"{self.direction} D={self.head_dim} {mask} N={self.length}"
+        few = "" if self.queries is None else f" N_Q={self.queries} B={self.batch}"
+        return f"{self.direction} D={self.head_dim} {mask} N={self.length}{few}"
 
 
 def cells(directions, head_dims, causal, lengths, tokens=TOKENS, hidden=HIDDEN):
@@ -60,7 +68,10 @@ def cells(directions, head_dims, causal, lengths, tokens=TOKENS, hidden=HIDDEN):
 
 def cell_of(row):
     """The cell that a row of a record file belongs to."""
-    return Cell(row["direction"], row["D"], row["causal"], row["N_Q"], row["B"], row["H"])
+    kv_heads = None if row["H_KV"] == row["H"] else row["H_KV"]
+    queries = None if row["N_Q"] == row["N_K"] else row["N_Q"]
+    shape = row["N_K"], row["B"], row["H"], kv_heads, queries
+    return Cell(row["direction"], row["D"], row["causal"], *shape)
 
 
 def steps():
@@ -138,7 +149,7 @@ def digest(found):
 
 def order(cell):
     """Sort key: forward before backward, then head dim, full before causal, length."""
-    return ((*DIRECTIONS, BOTH).index(cell.direction), *cell[1:])
+    return ((*DIRECTIONS, BOTH).index(cell.direction), *(x or 0 for x in cell[1:]))
 
 
 def tflops(row):
@@ -211,6 +222,34 @@ def peers_table(found, names):
         lines.append(line)
     head = ["", "mask", "D", "N", *map(records.label, (*ours, *peers)), "matmul"]
     return head + [f"{records.label(n)} ÷*" for n in ours], lines
+
+
+def kv_bytes(row):
+    """Bytes of K and V, which a call has to read once: half precision."""
+    return 2 * 2 * row["B"] * row["H_KV"] * row["N_K"] * row["D"]
+
+
+def decode_table(found, names):
+    """A row a cell, a column a backend: µs; * the best peer. Then ours over it, and the rate at
+    which our last one reads K and V."""
+    ours, peers = sides(names)
+    lines = []
+    for cell, of_cell in found.items():
+        rival = best(of_cell, peers)
+        line = [str(cell.batch), str(cell.queries or cell.length), f"{cell.length:,}"]
+        for name in (*ours, *peers):
+            r = of_cell.get(name)
+            text = f"{r['p50'] * 1e3:.1f}" if r and r["status"] == "ok" else shown(r)
+            line.append(text + " *" * (rival is not None and name == rival[0]))
+        for name in ours:
+            r = ratio(of_cell, name, peers)
+            line.append("" if r is None else f"{r:.2f}")
+        last = of_cell.get(ours[-1]) if ours else None
+        ran = last is not None and last["status"] == "ok"
+        line.append(f"{kv_bytes(last) / last['p50'] / 1e9:.2f}" if ran else "")
+        lines.append(line)
+    head = ["B", "N_Q", "N_K", *(records.label(n) for n in (*ours, *peers))]
+    return [*head, *(f"{records.label(n)} ÷*" for n in ours), "K, V TB/s"], lines
 
 
 def peers_verdicts(found, names):

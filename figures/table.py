@@ -26,6 +26,7 @@ COMMANDS = {
     "ladder": "python bench/ladder.py",
     "peers": "python bench/peers.py",
     "small": "python bench/ladder.py --small-calls",
+    "decode": "python bench/decode.py",
 }
 
 
@@ -183,6 +184,14 @@ def small_calls():
     return markdown(header, lines) + grid_caption(found, "small")
 
 
+def decode():
+    found, names = gridded("decode")
+    header, rows = grid.decode_table(found, names)
+    said = "".join(f"- {sentence}\n" for sentence in grid.peers_verdicts(found, names))
+    text = f"{markdown(header, rows)}\n{said}"
+    return text + grid_caption(found, "decode")
+
+
 def capabilities():
     """The table of backends as a reader wants it."""
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -206,6 +215,7 @@ GRID_TABLES = {
     "peers-forward": lambda: of_grid("peers", "forward"),
     "peers-backward": lambda: of_grid("peers", "backward"),
     "small-calls": small_calls,
+    "decode": decode,
 }
 TABLES = {
     "answer": answer,

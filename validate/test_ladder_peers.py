@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flashstudy.backends import BACKENDS, naive
-from flashstudy.bench import cells, common, ladder, peers, rounds
+from flashstudy.bench import cells, common, decode, ladder, peers, rounds
 from flashstudy.figures import grid, records, table, trim
 from flashstudy.figures import ladder as ladder_figure
 from flashstudy.figures import peers as peers_figure
@@ -68,7 +68,9 @@ def row(cell, backend, speed=None, *, run="1", status="ok", flops=None, **fields
     ms = None if speed is None else flops / speed / 1e9
     about = dict.fromkeys(records.ENVIRONMENT, "same") | {"study": "peers", "metric": "time_ms"}
     about |= {"backend": backend, "direction": cell.direction, "D": cell.head_dim, "run": run}
-    about |= {"causal": cell.causal, "N_Q": cell.length, "B": cell.batch, "H": cell.heads}
+    about |= {"causal": cell.causal, "B": cell.batch, "H": cell.heads}
+    about |= {"H_KV": cell.kv_heads or cell.heads}
+    about |= {"N_Q": cell.queries or cell.length, "N_K": cell.length}
     about |= {"E": 2048, "dtype": "bfloat16", "utc": "2026-01-01T00:00:00Z", "reason": "why"}
     return about | {"p50": ms, "flops": flops, "status": status} | fields
 
@@ -87,6 +89,21 @@ def test_flops_count_the_products_of_visible_scores():
     assert cell._replace(causal=True).flops == full / 2
     assert cell._replace(direction="backward").flops == 2.5 * full  # s again, dP, dV, dQ, dK
     assert grid.Cell("forward", 128, False, 16384, 1, 16).flops == 4 * 16384**2 * 2048
+
+
+def test_few_queries_and_grouped_heads_are_a_cell_of_their_own():
+    cell = grid.Cell("forward", 128, False, 8192, 2, 32, 8, 16)
+    assert cell.flops == 4 * 2 * 32 * 16 * 8192 * 128
+    q, k, v, do = rounds.inputs(cell._replace(length=64), torch.float16, "cpu", 0)
+    assert q.shape == do.shape == (2, 32, 16, 128)
+    assert k.shape == v.shape == (2, 8, 64, 128)
+    assert grid.cell_of(row(cell, "v1_flash", 100)) == cell
+    assert grid.cell_of(row(CELL, "v1_flash", 100)) == CELL
+    assert rounds.smallest(cell, [CELL, cell, cell._replace(length=512, queries=1)]) == (
+        cell._replace(length=4096, batch=1)
+    )
+    assert str(cell) == "forward D=128 full N=8192 N_Q=16 B=2"
+    assert grid.kv_bytes(row(cell, "v1_flash", 100)) == 2 * 2 * (2 * 8 * 8192 * 128)
 
 
 def test_grid_is_that_of_the_papers():
@@ -404,6 +421,30 @@ def test_peers_measures_records_and_resumes(tame, tmp_path, capsys):
     assert len(rows_of(out)) == 2 * len(rows) - 1 + 4
 
 
+def test_decode_measures_records_and_resumes(tame, tmp_path, capsys):
+    out = tmp_path / "decode.jsonl"
+    tiny = ["--queries", "1,4", "--lengths", "32,64", "--head-dim", "16", "--heads", "4"]
+    command = [*tiny, "--kv-heads", "2", "--backends", "flash-attn", "v1_flash", "--out", str(out)]
+    assert decode.main(command, FakeTimer()) == 0
+    rows = rows_of(out)
+    assert len(rows) == 2 * 2 * 2
+    for r in rows:
+        assert set(r) >= FIELDS
+        assert (r["status"], r["study"]) == ("ok", "decode")
+        assert (r["B"], r["H"], r["H_KV"], r["D"]) == (1, 4, 2, 16)
+        assert r["flops"] == 4 * 4 * r["N_Q"] * r["N_K"] * 16
+    assert {(r["N_Q"], r["N_K"]) for r in rows} == {(1, 32), (1, 64), (4, 32), (4, 64)}
+    text = capsys.readouterr().out
+    assert "K, V TB/s" in text
+    assert "geometric mean 1.000 of the best peer over 4 cells" in text
+    timer = FakeTimer()
+    assert decode.main(command, timer) == 0
+    assert timer.turns == []
+    with pytest.raises(SystemExit):
+        decode.main(["--heads", "4", "--kv-heads", "3"], FakeTimer())
+    assert "argument --kv-heads: 3 does not divide" in capsys.readouterr().err
+
+
 def test_what_measures_is_part_of_the_sources(monkeypatch, tmp_path):
     """A record of another clock, or of another kernel, is no reason not to measure."""
     for name in ("kernels", "backends", "bench"):
@@ -418,8 +459,8 @@ def test_what_measures_is_part_of_the_sources(monkeypatch, tmp_path):
         return found
 
     for file, studies in (
-        ("bench/rounds.py", {"ladder", "peers"}),
-        ("kernels/v1_flash.py", {"ladder", "peers"}),
+        ("bench/rounds.py", {"ladder", "peers", "decode"}),
+        ("kernels/v1_flash.py", {"ladder", "peers", "decode"}),
         ("bench/ladder.py", {"ladder"}),
         ("bench/seqlen.py", set()),
     ):
@@ -702,6 +743,7 @@ def test_readme_tables_come_from_trimmed_records(tmp_path, monkeypatch):
     assert "`python bench/peers.py`" in text
     assert "×10.80" in table.TABLES["ladder-backward"]()
     assert "| v1 flash | 12.3 | 12.3 |" in table.TABLES["small-calls"]()
+    assert "| 32 | 512 | 512 |" in table.TABLES["decode"]()
     (tmp_path / "peers.jsonl").unlink()
     with pytest.raises(table.TableError, match=r"peers.jsonl"):
         table.TABLES["peers-forward"]()
