@@ -128,18 +128,37 @@ def launch(kernel, key, grid, *args, **options):
 
     At every launch Triton asks each argument anew what the kernel has to be compiled for: half of
     the host's time of a small call. A launcher knows, and says it with the `key`: device, dtypes,
-    constants, and whatever else Triton specialises on. (That is nothing where the kernel exempts
-    its integers and its pointers are those of new tensors, which are always aligned.)
+    constants, and whatever else Triton specialises on. That is nothing where the kernel exempts its
+    integers and its pointers are those of new tensors, which are always aligned; `launch_key`
+    serves the others. The key None leaves it to Triton.
 
     grid has three axes; args are positional, constants included; options are the compiler's.
     """
-    compiled = _compiled.get((kernel.fn, key))
+    compiled = None if key is None else _compiled.get((kernel.fn, key))
     if compiled is not None:
         compiled[grid](*args)
         return
     compiled = kernel[grid](*args, **options)
-    if getattr(compiled, "module", None) is not None:  # on a GPU: not interpreted, not only built
+    loaded = getattr(compiled, "module", None) is not None  # not interpreted, not only built
+    if loaded and key is not None:
         _compiled[kernel.fn, key] = compiled
+
+
+def launch_key(tensors, integers, *constants):
+    """The key for `launch` where addresses, strides and integers are specialised on.
+
+    Addresses and strides of (B, H, N, D) tensors nearly always are multiples of 16 (bytes;
+    elements), and those below 2^31 have one type: then whatever their values the kernel is the
+    same. None for others. Of an integer it matters whether it is 1, a multiple of 16, or neither.
+    """
+    bits = 0
+    for t in tensors:
+        b, h, n, _ = t.stride()
+        bits |= t.data_ptr() & 15 | b | h | n
+    if bits & 15 or bits >> 31:
+        return None
+    kinds = [x == 1 or 2 * (x & 15 == 0) for x in integers]
+    return tensors[0].get_device(), tensors[0].dtype, *constants, *kinds
 
 
 # --- The bridge into PyTorch --------------------------------------------------------------------

@@ -101,6 +101,7 @@ DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead 
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
 MAX_PACK = 64  # heads in a tile: then it holds one query of each consumer
 MIN_SHARE, MIN_SHARES = 8, 3  # tiles of keys, and shares: less is not worth a second launch
+MERGED = 16  # shares that the second launch loads at once
 
 
 class Config(NamedTuple):
@@ -651,7 +652,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["stride_ob", "stride_oh", "stride_om", "H", "N_Q", "rows", "shares"])
 def _merge_kernel(
     o_parts_ptr, lse_parts_ptr, o_ptr, lse_ptr, stride_ob, stride_oh, stride_om,
-    H, N_Q, rows, shares, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    H, N_Q, rows, shares, D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """O = Σ exp(lse_s - lse) O_s over the shares s of a row, with lse = log Σ exp(lse_s).
 
@@ -661,15 +662,17 @@ def _merge_kernel(
     offs_d = tl.arange(0, HEAD_DIM)
     m_i, l_i = float("-inf"), 0.0
     acc = tl.zeros([HEAD_DIM], tl.float32)
-    for share in range(shares):
-        at = share * rows.to(tl.int64) + row
-        lse = tl.load(lse_parts_ptr + at)
-        o = tl.load(o_parts_ptr + at * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-        m_new = tl.maximum(m_i, lse)
+    for start_s in range(0, shares, BLOCK_S):  # many at once: a load takes as long as the sum
+        offs_s = start_s + tl.arange(0, BLOCK_S)
+        at = offs_s * rows.to(tl.int64) + row
+        mask = (offs_s < shares)[:, None] & (offs_d < D)[None, :]
+        lse = tl.load(lse_parts_ptr + at, mask=offs_s < shares, other=float("-inf"))  # [BLOCK_S]
+        o = tl.load(o_parts_ptr + at[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+        m_new = tl.maximum(m_i, tl.max(lse, 0))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha, p = tl.exp(m_i - m_safe), tl.exp(lse - m_safe)
-        acc = acc * alpha + o * p
-        l_i = l_i * alpha + p
+        acc = acc * alpha + tl.sum(o.to(tl.float32) * p[:, None], 0)  # [HEAD_DIM]
+        l_i = l_i * alpha + tl.sum(p, 0)
         m_i = m_new
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)
     b, h, m = row // N_Q // H, row // N_Q % H, row % N_Q
@@ -712,8 +715,8 @@ def forward(q, k, v, causal, scale, allow_tf32):
     if shares > 1:
         _host.launch(
             _merge_kernel, (q.get_device(), q.dtype, D), (B * H * N_Q, 1, 1),
-            o_parts, lse_parts, o, lse, *o.stride()[:3], H, N_Q, B * H * N_Q, shares, D, c.head_dim,
-            num_warps=1,
+            o_parts, lse_parts, o, lse, *o.stride()[:3],
+            H, N_Q, B * H * N_Q, shares, D, c.head_dim, MERGED,
         )  # fmt: skip
     return o, lse
 

@@ -7,6 +7,7 @@ configuration is compiled for sm_90 and its main loops are read.
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -154,6 +155,31 @@ class TestMachineCode:
                 k_empty, v_empty = positions(loop, "SYNCS.ARRIVE")
                 assert one[0] < k_empty
                 assert zero[0] < v_empty
+
+
+def test_plans():
+    """Every share has keys and every tile a program, whatever the shapes."""
+    from flashstudy.kernels import v6_persistent as v6
+
+    draw = random.Random(0)
+    for _ in range(2000):
+        group, h_kv, b = draw.choice((1, 1, 2, 3, 4, 8, 64)), draw.randint(1, 9), draw.randint(1, 9)
+        n_q, n_k = (max(1, int(2 ** draw.uniform(0, 17))) for _ in range(2))
+        d, causal = draw.choice((8, 64, 72, 128, 136, 256)), draw.random() < 0.5
+        plan = v6._plan(b, h_kv * group, h_kv, n_q, n_k, d, causal, 132)
+        c, sizes = plan.config, plan.sizes
+        rows = c.consumers * v6.ROWS
+        assert d <= c.head_dim
+        assert v6.ROWS % plan.pack == 0
+        assert sizes.H * plan.pack == h_kv * group
+        assert h_kv == sizes.H // sizes.GROUP
+        assert sizes.heads == b * sizes.H
+        assert (sizes.tiles_m - 1) * rows < n_q * plan.pack <= sizes.tiles_m * rows
+        assert (sizes.tiles_n - 1) * c.block_n < n_k <= sizes.tiles_n * c.block_n
+        assert (plan.shares - 1) * sizes.share_n < sizes.tiles_n <= plan.shares * sizes.share_n
+        assert sizes.tiles == sizes.tiles_m * sizes.heads * plan.shares
+        assert plan.programs == min(sizes.tiles, 132)
+        assert 1 <= sizes.section <= sizes.heads
 
 
 def test_the_reader_sees_a_loop():

@@ -2,11 +2,13 @@
 
 A barrier too few shows as results that change with timing. So the same call is repeated under
 load, and variants of the kernel in which one role sleeps at a point of the protocol must give the
-bits of the plain one. Each runs in a process of its own: a barrier too many hangs.
+bits of the plain one. Inputs lie between rows of NaN, outputs in memory that held NaN: what is read
+or left over from there shows. Each test runs in a process of its own: a barrier too many hangs.
 """
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ LATE = {
     "tile-number": ("mbarrier.arrive(w.tile_ready", None, 5000),
     "first-consumer": ("acc = warpgroup_mma_wait(0, [acc, p])[0]", "WHICH == 0", 2000),
     "last-consumer": ("barrier_arrive(_k_empty(k_stage)", "WHICH == w.CONSUMERS - 1", 2500),
-    "store": ("tma_store_wait(0)", "WHICH == 0", 8000),
+    "store": ("tma_store(w.o_desc", "WHICH == 0", 8000),
 }
 # D, causal, (B, H, H_KV, N_Q, N_K): dealt, drawn, split, packed; 1, 2, 3 tiles of keys; tails
 SHAPES = [
@@ -59,6 +61,19 @@ def load(path, name):
     return module
 
 
+def guarded(*shape):
+    """Random bf16 of that shape (B, H, N, D); rows of NaN in front of every head and behind."""
+    b, h, n, d = shape
+    t = torch.full((b, h, n + 16, d), float("nan"), device="cuda", dtype=torch.bfloat16)
+    inside = t[:, :, 8 : n + 8]
+    return inside.copy_(torch.randn(shape, device="cuda"))
+
+
+def poison(*tensors):
+    """Leave NaN in the memory from which tensors like these are allocated next."""
+    _ = [torch.full_like(t, float("nan")) for t in tensors]  # all at once, given back on return
+
+
 def compare(path, repeats):
     """Run the kernel in file `path` against the plain one, beside products on another stream."""
     from flashstudy.kernels import v6_persistent as plain
@@ -66,14 +81,15 @@ def compare(path, repeats):
     late, side = load(path, "late"), torch.cuda.Stream()
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for d, causal, (b, h, h_kv, n_q, n_k) in SHAPES:
-        q = torch.randn(b, h, n_q, d, device="cuda", dtype=torch.bfloat16)
-        k, v = torch.randn(2, b, h_kv, n_k, d, device="cuda", dtype=torch.bfloat16)
+        q, k, v = guarded(b, h, n_q, d), *(guarded(b, h_kv, n_k, d) for _ in range(2))
         want = plain.forward(q, k, v, causal, d**-0.5, False)
         assert want[0].isfinite().all()
+        assert not want[1].isnan().any()
         for i in range(repeats):
             if i % 2:
                 with torch.cuda.stream(side):
                     a @ a
+            poison(*want)
             got = late.forward(q, k, v, causal, d**-0.5, False)
             for x, y in zip(got, want, strict=True):
                 assert torch.equal(x, y), (d, causal, q.shape, k.shape, i)
@@ -117,6 +133,21 @@ def test_timing_changes_nothing(hopper, tmp_path, name):
     path.write_text(slowed(SOURCE.read_text(), name))
     got = run(path, 25)
     assert got.returncode == 0, got.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+def test_memory_is_that_of_the_tensors(hopper):
+    """No access outside an allocation; one allocation a tensor, so that none hides in a pool."""
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    got = subprocess.run(
+        [*command, sys.executable, __file__, SOURCE, "1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        timeout=600,
+    )
+    assert got.returncode == 0, got.stdout[-2000:] + got.stderr[-2000:]
 
 
 if __name__ == "__main__":
