@@ -11,7 +11,7 @@ known before:
 
     naive      its allocations, counted by running it on tensors without memory
     flash      what any such kernel must hold: o and 4·B·H·N bytes of lse; with the backward also
-               delta (like lse), dq, dk and dv
+               delta (like lse), dq, dk and dv; and those of our steps that sum dQ in fp32, the sums
 
 Naive's end is predicted from the memory that is free once the process has started: the longest
 length whose inputs, causal mask and delta peak fit. Then it is tried, one length on either side:
@@ -21,8 +21,9 @@ Each backend has a process of its own. It starts a cell only when all of what th
 free again, so that no cell can harm the next. Naive is called once before at the same length, which
 builds its mask; the others at the shortest length alone.
 
-Records go to results/memory-DEVICE.jsonl as each cell is done; the same command again measures only
-what is missing. python figures/memory.py draws them.
+It ends within --budget seconds; what does not fit is named and left to the next run. Records go to
+results/memory-DEVICE.jsonl as each cell is done; the same command again measures only what is
+missing. python figures/memory.py draws them.
 
 Exit codes: 0 done, 1 a cell failed or nothing was measured, 2 bad arguments or no GPU, 130
 interrupted.
@@ -35,6 +36,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,16 +44,18 @@ import torch
 from flashstudy import backends
 from flashstudy.backends import naive
 from flashstudy.bench import cells, common, explain, seqlen
-from flashstudy.figures import answers, records
+from flashstudy.figures import answers, grid, records
 from flashstudy.figures import memory as figure
 
-DEFAULT = ("naive", "sdpa-cudnn", "flash-attn", "v1_flash", "v6_persistent")
+DEFAULT = ("naive", "sdpa-cudnn", "flash-attn", "v1_flash", "v7_hopper_backward")
 LENGTHS = tuple(4**i * 1024 for i in range(6))  # to 1,048,576
 DIRECTIONS = ("forward", "backward")
 METHOD = ("bench/common.py", "bench/seqlen.py", "bench/memory.py")
 STEP = 128  # tried lengths are multiples of it
 MARGIN = 0.02  # of the bytes that are free: how far on either side of the predicted end is tried
 SLACK = 64 * common.MIB  # of free memory that a driver may keep after a cell
+SLOW = 250e12  # FLOP/s at which a call is expected to run, where time is short
+GRACE = 15  # seconds that a process may be late
 
 
 # What is expected
@@ -70,7 +74,9 @@ def stores_scores(backend):
 
 def expected_bytes(cell):
     """The delta peak that is known without a measurement."""
-    return explain.naive_bytes(cell) if stores_scores(cell.backend) else explain.flash_bytes(cell)
+    if stores_scores(cell.backend):
+        return explain.naive_bytes(cell)
+    return seqlen.predict(cell)[1]
 
 
 def end_of(cell, free):
@@ -121,8 +127,15 @@ def measured(cell, device, before=False):
     return result, seconds
 
 
+def takes(cell):
+    """Seconds that a cell may take."""
+    flops = cell.flops() * (1 if cell.direction == "forward" else 3.5 / 2.5)
+    return flops * (2 if stores_scores(cell.backend) else 1) / SLOW
+
+
 def serve(lines, say):
-    """What a backend's process does: read a task, warm up, wait for "go", measure cell by cell.
+    """What a backend's process does: read a task, warm up, wait for the seconds that it has (a line
+    with their number), measure cell by cell.
 
     lines: iterator of what the parent says; say: sends it a dict. Nothing touches the GPU before
     the task is there: while another backend is measured, the free memory must not change.
@@ -140,13 +153,16 @@ def serve(lines, say):
             measured(min(same, key=lambda c: c.N), device)
     free = free_now(device)
     say({"ready": True})
-    next(lines)
+    stop = float(next(lines)) + time.monotonic()
     for cell in ends:
         tried = tries(cell, free)
         last = tried["under"]
         todo = [(c, r) for c, r in todo if c.direction != cell.direction or last > c.N]
         todo += [(cell._replace(N=n), role) for role, n in tried.items()]
     for cell, role in todo:
+        if time.monotonic() + takes(cell) > stop:
+            say({"late": cell})
+            continue
         said = {"cell": cell, "role": role, "free": free_now(device)}
         said["end"] = end_of(cell, free) if role else None
         if said["free"] < free - SLACK:
@@ -175,10 +191,11 @@ def free_now(device):
 class Worker:
     """The process of a backend, seen from the parent."""
 
+    command = (sys.executable, str(Path(__file__).resolve()), "--serve")
+
     def __init__(self, task):
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.task, self.began = task, False
 
@@ -188,14 +205,19 @@ class Worker:
             self.began = True
             self._send(json.dumps(self.task))
 
-    def go(self):
-        """Yield what it says of each cell; what it never answers ends as an exit code."""
+    def go(self, seconds):
+        """Yield what it says of each cell. One that hangs is ended when its time is over."""
+        end = time.monotonic() + seconds
         self.begin()
-        if self._hear() is None:
-            return
-        self._send("go")
-        while (heard := self._hear()) is not None:
-            yield heard
+        timer = threading.Timer(seconds + GRACE, self.process.kill)
+        timer.start()
+        try:
+            if self._hear() is not None:
+                self._send(str(end - time.monotonic()))
+                while (heard := self._hear()) is not None:
+                    yield heard
+        finally:
+            timer.cancel()
 
     def _send(self, line):
         with contextlib.suppress(BrokenPipeError):
@@ -229,7 +251,8 @@ def rows(cell, said, shared):
     base = {"study": "memory"} | cell.fields(shared)
     base |= {
         "source": common.source(cell.backend, METHOD), "utc": common.utc(),
-        "predicted_mib": expected_bytes(cell) / common.MIB, "role": said.get("role"),
+        "predicted_mib": expected_bytes(cell) / common.MIB,
+        "floor_mib": explain.flash_bytes(cell) / common.MIB, "role": said.get("role"),
         "predicted_end": said.get("end"),
         "free_mib": said["free"] / common.MIB if said.get("free") else None,
     }  # fmt: skip
@@ -284,9 +307,11 @@ def task_of(args, backend, rows_before, shared):
 
 
 def run(args, store, shared, start=Worker):
-    """Measure what is missing, one backend after the other: those that run out of memory first."""
-    tasks = {}
-    for backend in sorted(args.backends, key=lambda b: not stores_scores(b)):
+    """Measure what is missing, one backend after the other: those that run out of memory first,
+    then ours."""
+    end, tasks = time.monotonic() + args.budget, {}
+    steps = grid.steps()
+    for backend in sorted(args.backends, key=lambda b: (not stores_scores(b), b not in steps)):
         for direction in args.directions:
             why = seqlen.reason_not(backend, args.device, args.dtype, direction == "backward")
             if why is not None:
@@ -301,22 +326,25 @@ def run(args, store, shared, start=Worker):
             if not stores_scores(backend):  # nobody needs the GPU alone any more: all may warm up
                 for other in workers.values():
                     other.begin()
-            measure_one(backend, worker, store, shared)
+            measure_one(backend, worker, store, shared, max(0.0, end - time.monotonic()))
     finally:
         for worker in workers.values():
             worker.close()
 
 
-def measure_one(backend, worker, store, shared):
+def measure_one(backend, worker, store, shared, seconds):
     """Record what a backend's process says; what it left without an answer has failed."""
-    waiting = [seqlen.Cell(*fields) for fields in worker.task["cells"]]
+    waiting, late = [seqlen.Cell(*fields) for fields in worker.task["cells"]], []
     finished = False
-    for said in worker.go():
+    for said in worker.go(seconds):
         if "done" in said:
             finished = True
             continue
-        cell = seqlen.Cell(*said["cell"])
+        cell = seqlen.Cell(*said.get("cell") or said["late"])
         waiting = [c for c in waiting if c != cell]
+        if "late" in said:
+            late.append(cell)
+            continue
         store.append(rows(cell, said, shared))
         shown = f"{said['status']}: {said['reason']}"
         if said["status"] == "ok":
@@ -324,6 +352,9 @@ def measure_one(backend, worker, store, shared):
             shown = f"{answers.size(delta)} in {explain.ms(said['seconds'] * 1e3)}"
         what = f"{records.label(backend)}, {direction_words(cell)}, N = {cell.N:,}"
         print(f"  {what}: {shown}", flush=True)
+    if late:
+        names = ", ".join(f"{c.N:,} ({direction_words(c)})" for c in late)
+        print(f"  --budget left no time for {records.label(backend)} at {names}")
     if not finished:
         reason = f"its process ended with exit code {worker.close()}"
         print(f"  {records.label(backend)}: {reason}", flush=True)
@@ -374,6 +405,8 @@ def parse(argv):
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=common.device_argument, default=None,
         help="cpu, cuda or cuda:INDEX (default: cuda where there is one)")  # fmt: skip
+    add("--budget", type=common.positive, default=45, metavar="SECONDS",
+        help="end within this time (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the data (default: 0)")
     add("--out", type=Path, metavar="FILE",
         help="record file, JSON lines (default: results/memory-DEVICE.jsonl)")  # fmt: skip

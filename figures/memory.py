@@ -49,6 +49,7 @@ class Line(NamedTuple):
     longest: int
     mib: float
     expected: float
+    floor: float  # what any flash kernel must hold
     slope: float | None  # measured bytes a token, between the two longest lengths
     worst: float  # largest |measured / expected - 1|
 
@@ -96,18 +97,18 @@ def stored(backend):
 
 def line_of(sweep, backend):
     found = [
-        (n, r["p50"], r["predicted_mib"]) for n, r in sweep.series(backend, "peak_delta_mib")
-        if r.get("predicted_mib")
+        (n, r["p50"], r["predicted_mib"], r["floor_mib"])
+        for n, r in sweep.series(backend, "peak_delta_mib") if r.get("predicted_mib")
     ]  # fmt: skip
     if not found:
         return None
-    n, mib, expected = found[-1]
+    n, mib, expected, floor = found[-1]
     slope = None
     if len(found) > 1:
         before = found[-2]
         slope = (mib - before[1]) * 2**20 / (n - before[0]) / sweep.row["B"]
-    worst = max(abs(m / e - 1) for _, m, e in found)
-    return Line(backend, sweep.direction, n, mib, expected, slope, worst)
+    worst = max(abs(m / e - 1) for _, m, e, _ in found)
+    return Line(backend, sweep.direction, n, mib, expected, floor, slope, worst)
 
 
 def end_of(sweep, backend):
@@ -132,29 +133,33 @@ def sentences(sweep):
     what = WORDS[sweep.direction]
     flash = [x for b in sweep.backends("ok") if not stored(b) and (x := line_of(sweep, b))]
     if flash:
-        longest = max(x.longest for x in flash)
         on = [x for x in flash if abs(x.ratio - 1) <= WITHIN]
         off = [x for x in flash if x not in on]
         a = sweep.about
         yield (
             f"Memory of one call, {what} ({a['dtype']}, {'causal' if a['causal'] else 'full'},"
-            f" batch {a['B']}, {a['H']} heads of {a['D']}):"
+            f" batch {a['B']}, {a['H']} heads of {a['D']})."
         )
-        if on:
-            worst = max(abs(x.ratio - 1) for x in on)
+        for per_token in dict.fromkeys(round(x.expected * 2**20 / x.longest) for x in on):
+            same = [x for x in on if round(x.expected * 2**20 / x.longest) == per_token]
+            worst = max(abs(x.ratio - 1) for x in same)
+            own = "what any flash kernel must hold"
+            if same[0].expected > same[0].floor:
+                own = "that and its fp32 sums of dQ"
             yield (
-                f"at {longest:,} tokens {_names(on)} add {answers.size(on[0].expected)}, within"
-                f" {worst:.1%} of what any flash kernel must hold,"
-                f" {on[0].expected * 2**20 / on[0].longest:,.0f} bytes a token."
+                f"{_names(same)} add{'s' * (len(same) == 1)} {answers.size(same[0].mib)} at"
+                f" {same[0].longest:,} tokens, within {worst:.1%} of {own}: {per_token:,} bytes a"
+                f" token."
             )
         for x in off:
+            linear = x.slope is not None
+            linear = linear and abs(x.slope * x.longest / 2**20 / x.mib - 1) <= WITHIN
             yield (
                 f"{records.label(x.backend)} adds {answers.size(x.mib)} at {x.longest:,} tokens,"
-                f" {x.ratio:.2f} times that line: linear too, with buffers of its own."
-                if x.slope is not None and abs(x.slope * x.longest / 2**20 / x.mib - 1) <= WITHIN
-                else f"{records.label(x.backend)} adds {answers.size(x.mib)} at {x.longest:,}"
-                f" tokens, {x.ratio:.2f} times that line, and not in proportion to the length."
-            )
+                f" {x.ratio:.2f} times its line: "
+                + ("linear too, with buffers of its own."
+                   if linear else "not in proportion to the length.")
+            )  # fmt: skip
     for backend in (b for b in sweep.backends("ok", "oom") if stored(b)):
         line, end = line_of(sweep, backend), end_of(sweep, backend)
         name = records.label(backend)
@@ -168,8 +173,8 @@ def sentences(sweep):
             yield (
                 f"With {answers.size(end.free_mib)} free it was predicted to end at"
                 f" {end.predicted:,} tokens: {end.under:,} {_became(end.under_status)},"
-                f" {end.over:,} {_became(end.over_status)}, {kept}, on either side of"
-                f" {end.bracket:.1%} of the bytes."
+                f" {end.over:,} {_became(end.over_status)}, {kept}; these two lengths are"
+                f" {end.bracket:.1%} of the bytes apart."
             )
 
 
@@ -198,8 +203,10 @@ def chart(sweep):
             n: m["time_ms"] for n in sweep.lengths
             if (m := sweep.cells.get((backend, n))) and m["time_ms"].get("predicted_mib")
         }  # fmt: skip
-        line = [(n, r["predicted_mib"]) for n, r in rows.items()]
-        what = "stored" if stored(backend) else "flash"
+        what, line_of_it = (
+            ("stored", "predicted_mib") if stored(backend) else ("flash", "floor_mib")
+        )
+        line = [(n, r[line_of_it]) for n, r in rows.items()]
         known[what] = sorted({*known.get(what, ()), *line})
         points = [(n, r["p50"]) for n, r in sweep.series(backend, "peak_delta_mib")]
         ax.plot(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 
 import pytest
 import torch
@@ -44,8 +45,9 @@ class Inline(memory.Worker):
     def begin(self):
         pass
 
-    def go(self):
-        memory.serve(iter([json.dumps(self.task), "go"]), lambda x: self.said.append(json.dumps(x)))
+    def go(self, seconds):
+        lines = iter([json.dumps(self.task), str(seconds)])
+        memory.serve(lines, lambda x: self.said.append(json.dumps(x)))
         ready, *rest = map(json.loads, self.said)
         assert ready == {"ready": True}
         yield from rest
@@ -158,12 +160,58 @@ def test_the_same_command_measures_only_what_is_missing(gpu, tmp_path):
     assert len(run(arguments(tmp_path, "--again"))) == len(again) + len(rows)
 
 
+STUB = """
+import sys
+from flashstudy.bench import memory, seqlen
+def measured(cell, device, before=False):
+    print("what a library prints")
+    result = seqlen.Result()
+    result.bytes = {{"peak_delta_mib": memory.expected_bytes(cell), "peak_abs_mib": 2**40}}
+    if cell.N == {hangs}:
+        import time; time.sleep(60)
+    return result, 0.5
+memory.measured, memory.free_now = measured, lambda device: 4 * 2**30
+sys.exit(memory.main(["--serve"]))
+"""
+
+
+@pytest.mark.parametrize("hangs", [0, 4096])
+def test_a_real_process_answers_over_its_pipes(tmp_path, monkeypatch, hangs, capfd):
+    path = tmp_path / "stub.py"
+    path.write_text(STUB.format(hangs=hangs))
+    monkeypatch.setattr(memory.Worker, "command", (sys.executable, str(path)))
+    monkeypatch.setattr(seqlen, "reason_not", lambda *_: None)
+    more = ["--direction", "forward", "--backends", "v1_flash"]
+    if hangs:
+        monkeypatch.setattr(memory, "GRACE", 0)
+        more += ["--budget", "12"]
+    rows = [r for r in run(arguments(tmp_path, *more), memory.Worker) if r["metric"] == "time_ms"]
+    assert [r["N_Q"] for r in rows] == [1024, 4096, 65536]
+    assert [r["status"] for r in rows[1:]] == ["failed" if hangs else "ok"] * 2
+    out, err = capfd.readouterr()
+    assert "what a library prints" in err
+    assert ("exit code -9" in out) == bool(hangs)
+
+
+def test_what_does_not_fit_the_budget_is_left_to_the_next_run(gpu, tmp_path, monkeypatch, capsys):
+    gpu()
+    monkeypatch.setattr(memory, "SLOW", 1e9)  # FLOP/s: 65,536 tokens would take 17 minutes
+    args = arguments(tmp_path, "--direction", "forward")
+    before = run(args)
+    flash = [r["N_Q"] for r in before if r["backend"] == "v1_flash" and r["metric"] == "time_ms"]
+    assert flash == [1024, 4096]
+    assert "left no time for v1 flash at 65,536 (forward)" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "SLOW", 1e15)
+    after = run(args)[len(before) :]
+    assert {r["N_Q"] for r in after if r["backend"] == "v1_flash"} == {65536}
+
+
 def test_a_process_that_dies_leaves_failed_cells_and_the_others_go_on(gpu, tmp_path):
     gpu()
 
     class Dying(Inline):
-        def go(self):
-            heard = super().go()
+        def go(self, seconds):
+            heard = super().go(seconds)
             yield from itertools.islice(heard, 1) if self.task["ends"] else heard
 
         def close(self):
@@ -227,7 +275,7 @@ def test_a_missed_end_is_said(gpu, tmp_path):
     assert not any(e.as_predicted for e in study.ends())
     said = " ".join(study.words())
     assert "NOT as predicted" in said
-    assert "1.06 times that line: linear too" in said
+    assert "1.06 times its line: linear too" in said
 
 
 def test_memory_that_is_no_line_is_said(gpu, tmp_path):
