@@ -53,7 +53,7 @@ DIRECTIONS = ("forward", "backward")
 METHOD = ("bench/common.py", "bench/seqlen.py", "bench/memory.py")
 STEP = 128  # tried lengths are multiples of it
 MARGIN = 0.02  # of the bytes that are free: how far on either side of the predicted end is tried
-SLACK = 64 * common.MIB  # of free memory that a driver may keep after a cell
+SLACK = 256 * common.MIB  # of free memory that a driver may keep after a cell
 SLOW = 250e12  # FLOP/s at which a call is expected to run, where time is short
 GRACE = 15  # seconds that a process may be late
 
