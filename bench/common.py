@@ -353,15 +353,18 @@ def _cpu_samples(fn, seconds, least, most):
 
 def capture(fn, calls):
     """A CUDA graph of so many calls of fn, which has been called before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        fn()  # what is set up once a stream (cuBLAS' workspace) is no part of the graph
-    torch.cuda.current_stream().wait_stream(stream)
+    current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(current)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(calls):
-            fn()
+    try:
+        with torch.cuda.stream(stream):
+            fn()  # what is set up once a stream (cuBLAS' workspace) is no part of the graph
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                fn()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
+    current.wait_stream(stream)
     return graph
 
 

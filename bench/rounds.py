@@ -30,7 +30,6 @@ from torch.nn.attention import SDPBackend
 MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns like a backend
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
-SETUP_SHARE = 0.5  # of a budget
 MOST_CALLS = 100  # of one backend in one turn
 # What compiles for seconds a configuration (flash-attn-4) or a shape and is not ours: the first to
 # be left out where a budget is short.
@@ -251,6 +250,8 @@ class Session:
     report: called with a line for people.
     """
 
+    setup_share = 0.5  # of a budget
+
     def __init__(self, plan, timer, dtype, *, seconds, slot, rounds, seed, report=print):
         self.plan, self.timer, self.dtype, self.seed = plan, timer, dtype, seed
         self.slot, self.rounds, self.report = slot, rounds, report
@@ -301,6 +302,10 @@ class Session:
             self.reasons[key] = why_not(name, self.timer.device, self.dtype, key[1])
         return self.reasons[key]
 
+    def optional(self, name, cell):
+        """Whether a backend in a cell is left out where a budget is short."""
+        return name in SLOW_SETUP
+
     def set_up(self, name, cell):
         """Compile, verify and time once: a Contender without its call, or with what went wrong."""
         it = Contender(name)
@@ -338,7 +343,7 @@ class Session:
         return Precompiler(self.to_compile())
 
     def set_up_all(self, progress, compiling=None):
-        """Set up everything; of SLOW_SETUP nothing more once the set-up's share of time is up.
+        """Set up everything; nothing `optional` more once the set-up's share of time is up.
 
         compiling: the Precompiler at work on what is to compile; one is started where there is
         none. While other processes compile our steps, this one sets up what they cannot help with.
@@ -348,7 +353,7 @@ class Session:
             compiling = self.precompile()
         helped = (*DISK_CACHED, *grid.steps())
         pairs = [(name, cell) for cell, names in self.plan.items() for name in names]
-        pairs.sort(key=lambda pair: (pair[0] in helped, pair[0] in SLOW_SETUP))
+        pairs.sort(key=lambda pair: (pair[0] in helped, self.optional(*pair)))
         left_out = []
         for name, cell in progress(pairs):
             if compiling is not None and name in helped:
@@ -358,8 +363,8 @@ class Session:
                         reason = f"at N={at.length}: did not return within {PATIENCE} s"
                         self.verdicts[hung, at] = ("failed", reason, None)
                 compiling = None
-            late = self.seconds is not None and self.left() < self.seconds * (1 - SETUP_SHARE)
-            if late and name in SLOW_SETUP:
+            late = self.seconds is not None and self.left() < self.seconds * (1 - self.setup_share)
+            if late and self.optional(name, cell):
                 left_out.append((name, cell))
                 continue
             it = self.ready[cell, name] = self.set_up(name, cell)

@@ -22,6 +22,7 @@ STUDIES = (
     "ladder",
     "peers",
     "decode",
+    "crossover",
 )  # the records that this module reads, by their field `study`
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from flashstudy.figures import answers, both, grid, records, style
+from flashstudy.figures import answers, both, crossings, grid, records, style
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "figures" / "reference"
@@ -27,6 +27,7 @@ COMMANDS = {
     "peers": "python bench/peers.py",
     "small": "python bench/ladder.py --small-calls",
     "decode": "python bench/decode.py",
+    "crossover": "python bench/crossover.py",
 }
 
 
@@ -192,6 +193,22 @@ def decode():
     return text + grid_caption(found, "decode")
 
 
+def crossed(made):
+    """What `made` makes, (header, rows) or sentences, of the records of the crossover."""
+    path = REFERENCE / "crossover.jsonl"
+    try:
+        found = crossings.sweeps(records.read(path))
+    except (OSError, records.RecordError) as e:
+        raise TableError(f"{path}: {e}") from None
+    if crossings.base(found) is None:
+        raise TableError(f"{path}: no records of the base")
+    got = made(found)
+    text = markdown(*got) if isinstance(got, tuple) else " ".join(got) + "\n"
+    about = crossings.base(found).condition
+    end = f"{about}. {crossings.provenance(found)}. `{COMMANDS['crossover']}`"
+    return f"{text}\n<sub>{end}</sub>\n"
+
+
 def capabilities():
     """The table of backends as a reader wants it."""
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -216,6 +233,11 @@ GRID_TABLES = {
     "peers-backward": lambda: of_grid("peers", "backward"),
     "small-calls": small_calls,
     "decode": decode,
+    "crossings-answer": lambda: crossed(crossings.words),
+    "crossings-naive": lambda: crossed(lambda f: crossings.table(f, "naive")),
+    "crossings-naive-compiled": lambda: crossed(lambda f: crossings.table(f, "naive-compiled")),
+    "crossings-sdpa": lambda: crossed(lambda f: crossings.table(f, "sdpa")),
+    "crossings-conditions": lambda: crossed(crossings.conditions_table),
 }
 TABLES = {
     "answer": answer,

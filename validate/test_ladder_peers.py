@@ -459,8 +459,8 @@ def test_what_measures_is_part_of_the_sources(monkeypatch, tmp_path):
         return found
 
     for file, studies in (
-        ("bench/rounds.py", {"ladder", "peers", "decode"}),
-        ("kernels/v1_flash.py", {"ladder", "peers", "decode"}),
+        ("bench/rounds.py", {"ladder", "peers", "decode", "crossover"}),
+        ("kernels/v1_flash.py", {"ladder", "peers", "decode", "crossover"}),
         ("bench/ladder.py", {"ladder"}),
         ("bench/seqlen.py", set()),
     ):
