@@ -591,9 +591,12 @@ def draw_roofline(study):
     ax.set_xlabel("FLOPs per byte through device memory")
     near(ax, f"matrix product, {top:.0f} TFLOP/s", (high, top), (-4, 5), ha="right")
     near(ax, f"copy, {copy / 1e12:.2f} TB/s", (ridge, top), (-8, 5), ha="right")
-    for backend in dict.fromkeys(("naive", study.champion())):
-        for x, y, n in dict.fromkeys((points.get(backend) or [None])[i] for i in (0, -1)):
-            near(ax, f"N = {style.tokens(n)}", (x, y), (9, -12), color="black")
+    for backend, offsets in (("naive", (-18, 9)), (study.champion(), (-18, -18))):
+        ends = dict(zip((0, -1), offsets, strict=True)) if points.get(backend) else {}
+        for at, offset in ends.items():
+            x, y, n = points[backend][at]
+            text = f"N = {style.tokens(n)}"
+            near(ax, text, (x, y), (0, offset), color="black", ha="center")
     lengths = sorted({n for _, _, n in every})
     style.finish(
         fig, ax, "Roofline: what device memory and the matrix units allow", measured_on(study),

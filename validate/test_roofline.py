@@ -9,7 +9,7 @@ import pytest
 import torch
 from flashstudy.backends import naive
 from flashstudy.bench import common, roofline, rounds
-from flashstudy.figures import grid, records
+from flashstudy.figures import grid, records, trim
 from flashstudy.figures import roofline as figure
 
 CELL = grid.Cell("forward", 128, False, 1024, 4, 16)
@@ -351,3 +351,207 @@ def test_a_gpus_ceilings_are_plausible():
     found = {n: r["p50"] for n, r in roofline.measure_ceilings(calls, timer, 1, 0.01).items()}
     assert found["l2"] > found["copy"] > 1e11
     assert found["matmul"] > found["exp"] > 1e11
+
+
+# The figure: a GPU of 1 PFLOP/s, 4 TB/s, 10 TB/s in L2, 4·10¹² exponentials a second, 64 MiB of L2
+
+
+CEILINGS = {"matmul": 1e15, "copy": 4e12, "l2": 1e13, "exp": 4e12}
+ABOUT = {
+    "study": "roofline", "direction": "forward", "scope": "attention", "dtype": "bfloat16",
+    "device": "Test GPU", "gpu": "Test GPU", "torch": "2.11", "cuda": "13.0", "triton": "3.6",
+    "utc": "2026-01-02T", "effort": "turns", "run": "1",
+}  # fmt: skip
+
+
+def ceilings(**change):
+    return [
+        ABOUT | {"metric": "ceiling", "ceiling": name, "sms": 100, "l2_cache_bytes": 2**26}
+        | {"best": rate, "p50": rate, "p20": rate, "p80": rate, "status": "ok"}
+        for name, rate in (CEILINGS | change).items()
+    ]  # fmt: skip
+
+
+def call(backend, n, ms, *, d=128, causal=False, more=(), **counts):
+    """The records of a call: batch 4, hidden size 2048, full tiles; `counts` replace or add."""
+    heads = 2048 // d
+    cell = grid.Cell("forward", d, causal, n, 4, heads)
+    shape = {"B": 4, "H": heads, "H_KV": heads, "D": d, "E": 2048, "N_Q": n, "N_K": n}
+    base = ABOUT | shape | {"backend": backend, "causal": causal, "status": "ok", "reason": None}
+
+    def row(metric, value, **rest):
+        return (
+            base | {"metric": metric} | dict.fromkeys(("value", "p50", "p20", "p80"), value) | rest
+        )
+
+    known = roofline.counted(cell, backend, "bfloat16")
+    rows = [row(m, v) for m, v in counts.items()]
+    return [*rows, *(row(m, sum(v for _, v in k), kernels=k) for m, k in more),
+            row("time_ms", ms, **known)]  # fmt: skip
+
+
+def scores(n):
+    return 4 * 16 * n * n * 2  # bytes of S
+
+
+def flash_ms(n, causal=False, of_peak=0.8):
+    cell = grid.Cell("forward", 128, causal, n, 4, 16)
+    flops = roofline.counted(cell, "v1_flash", "bfloat16")["counted_flops"]
+    return flops / (of_peak * 1e15) * 1e3
+
+
+@pytest.fixture
+def rows():
+    """Naive at half the copy's rate; its scores in L2 up to 512 tokens. Flash at 80 % of products,
+    causal at 71 %; at D = 64 at 60 %."""
+    made = ceilings()
+    for n in (128, 256, 512, 1024, 2048, 4096):
+        whole = 4 * scores(n) + 4 * 4 * 16 * n * 128 * 2
+        dram = whole * (1.0 if n > 512 else 0.1)
+        small = {"graph_ms": 0.01, "host_ms": 0.05} if n <= 256 else {}
+        parts = [["nvjet_a", 0.25], ["softmax_x", 0.5], ["nvjet_b", 0.25]]
+        ms = whole / 2e12 * 1e3
+        more = [
+            ("ncu_ms", [[k, ms * f] for k, f in parts]),
+            ("dram_read_bytes", [[k, dram / 2 * f] for k, f in parts]),
+            ("dram_write_bytes", [[k, dram / 2 * f] for k, f in parts]),
+        ]
+        made += call("naive", n, ms, more=more, l2_bytes=2 * whole, **small)
+        moved = 4 * 4 * 16 * n * 128 * 2
+        made += call(
+            "v1_flash", n, flash_ms(n), dram_read_bytes=moved * 0.75, dram_write_bytes=moved * 0.25,
+            l2_bytes=10 * moved, **({"graph_ms": 0.004, "host_ms": 0.04} if small else {}),
+        )  # fmt: skip
+        if n in (512, 4096):
+            made += call("v1_flash", n, flash_ms(n, True, 0.71 if n == 512 else 0.8), causal=True)
+    made += call("v1_flash", 4096, flash_ms(4096, of_peak=0.6), d=64)
+    return made
+
+
+def test_shares_are_work_over_ceilings_and_time(rows):
+    study = figure.Study(rows)
+    assert study.champion() == "v1_flash"
+    c = study.calls("v1_flash")[-1]
+    assert study.shares(c)["products"] == pytest.approx(0.8)
+    assert study.shares(c)["exps"] == pytest.approx(c.exps / 4e12 / c.seconds)
+    assert study.shares(c)["memory"] == pytest.approx(4 * 4 * 16 * 4096 * 256 / 4e12 / c.seconds)
+    c = study.calls("naive")[-1]
+    assert study.shares(c)["memory"] == pytest.approx(0.5)  # 2 of 4 TB/s
+    assert study.bound(c) == ("memory", pytest.approx(0.5))
+    assert study.shares(c)["L2"] == pytest.approx(0.4)
+    assert study.edge() == pytest.approx((2**26 / 128) ** 0.5)
+
+
+def test_without_counters_bytes_are_the_counted_ones(rows):
+    study = figure.Study([r for r in rows if not r["metric"].startswith(("dram", "l2", "ncu"))])
+    assert study.counted_only()
+    c = study.calls("naive")[-1]
+    assert study.shares(c)["memory"] == pytest.approx(0.5)
+    said = figure.paragraphs(study)
+    assert "(counted bytes)" in said["Why naive attention is memory-bound"]
+    assert "When its scores stop fitting in L2" not in said
+
+
+def test_naive_is_memory_bound_from_where_its_scores_leave_l2(rows):
+    study = figure.Study(rows)
+    said = figure.paragraphs(study)["Why naive attention is memory-bound"]
+    c = study.calls("naive")[-1]
+    assert f"{c.flops / c.dram:.0f} at 4,096 tokens (measured bytes)" in said
+    assert "needs 250 before" in said  # 1 PFLOP/s over 4 TB/s
+    assert "A copy of as many bytes would take 50% of that time" in said
+    assert "S = Q Kᵀ 25% of the time at 2 TB/s, softmax 50% of the time at 2 TB/s" in said
+    assert "from 1,024 tokens on (at 512 it is" in said
+
+
+def test_the_edge_of_the_cache_is_where_traffic_jumps(rows):
+    said = figure.paragraphs(figure.Study(rows))["When its scores stop fitting in L2"]
+    assert "10% went through device memory at 512 tokens (each matrix of scores 32 MiB)" in said
+    assert "100% at 1,024 (128 MiB)" in said
+    assert "outgrows it at 724 tokens for 64 heads" in said
+    assert "moves 256 MiB through device memory, 1 times its q, k, v and o" in said
+
+
+@pytest.mark.parametrize(
+    ("exp", "words"),
+    [
+        (8e12, "neither unit is full"),  # 60 % products, 29 % exponentials
+        (4e12, "neither unit is the limit alone"),
+        (3e12, "the exponentials bind"),
+    ],
+)
+def test_the_verdict_on_exponentials_follows_the_shares(rows, exp, words):
+    rows = [r for r in rows if r.get("ceiling") != "exp"]
+    rows += [r for r in ceilings(exp=exp) if r["ceiling"] == "exp"]
+    said = figure.paragraphs(figure.Study(rows))["What exponentials cost at small head dims"]
+    share = 0.6 * 1e15 / 256 / exp
+    assert f"{share:.0%} of the exponentials'" in said
+    assert words in said
+    assert f"{1e15 / (256 * exp):.0%} at D = 64" in said
+    # Time a score: 512 / 0.8 at D = 128, 256 / 0.6 at D = 64, in units of 1e-15 s.
+    per = {128: 512 / 0.8, 64: 256 / 0.6}
+    assert f"a score still takes {per[64] / per[128]:.0%} of the time" in said
+    assert f"{(2 * per[64] - per[128]) / per[64]:.0%} of it at D = 64 does not depend" in said
+
+
+def test_causal_is_split_into_tiles_and_the_rest(rows):
+    said = figure.paragraphs(figure.Study(rows))["Why causal gains less than twice"]
+    assert "1.42 at 512 tokens (its tiles allow 1.60)" in said  # 2 · 4 / 5, at 71/80 of the speed
+    assert "1.94 at 4,096 tokens (its tiles allow 1.94)" in said
+    assert "89% of the full mask's speed per FLOP at 512 tokens (256 tiles of queries for" in said
+    assert "at 100% at 4,096 (2,048 tiles)" in said
+
+
+def test_short_calls_wait_for_the_host(rows):
+    said = figure.paragraphs(figure.Study(rows))["Why short calls are launch-bound"]
+    assert "busy for 4.0 µs with a call of v1 flash" in said
+    assert "40 µs to launch it" in said
+    assert "leaves the GPU idle 90% of the time: the quickest launcher wins" in said
+    assert "64 tiles of 128 queries for 100 SMs are 0.64 for each" in said
+    assert "still does not exceed the host's (4 and 40 µs)" in said
+
+
+def test_of_nothing_nothing_is_said():
+    study = figure.Study([])
+    assert (study.tables(), figure.paragraphs(study)) == ([], {})
+    assert figure.paragraphs(figure.Study(ceilings())) == {}
+
+
+def test_stages_are_told_by_their_names_and_products_by_their_order():
+    assert figure.stages(["nvjet_1", "softmax_warp_forward", "nvjet_2"]) == [
+        "S = Q Kᵀ", "softmax", "O = P V",
+    ]  # fmt: skip
+    own = ["_scores_kernel", "_softmax_kernel", "_weighted_sum_kernel"]
+    assert figure.stages(own) == ["S = Q Kᵀ", "softmax", "O = P V"]
+    assert figure.stages(["gemm", "masked_fill_kernel", "cunn_SoftMax", "gemm", "other"]) == [
+        "S = Q Kᵀ", "mask", "softmax", "O = P V", "other",
+    ]  # fmt: skip
+
+
+def test_pictures_are_drawn_and_repeat(rows, tmp_path):
+    paths = figure.draw(rows, tmp_path / "a")
+    assert {p.stem for p in paths} == {"roofline", "roofline-traffic", "roofline-head-dims"}
+    again = figure.draw(rows, tmp_path / "b")
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(paths, again, strict=True))
+    few = [r for r in rows if not r["metric"].startswith("dram")]
+    assert not any("traffic" in p.stem for p in figure.draw(few, tmp_path / "c"))
+    assert figure.draw([], tmp_path / "d") == []
+
+
+def test_the_roofline_is_the_ceilings_and_the_points_the_calls(rows):
+    fig = figure.draw_roofline(figure.Study(rows))
+    lines = {line.get_label(): line for line in fig.axes[0].lines}
+    x, y = (list(v) for v in lines["v1 flash"].get_data())
+    assert y == pytest.approx([800] * 6)
+    assert x[-1] == pytest.approx(4 * 64 * 4096**2 * 128 / (4 * 4 * 16 * 4096 * 256))
+    roof = next(line for line in lines.values() if line.get_color() == "black")
+    assert list(roof.get_ydata())[1:] == [1000, 1000]
+    assert list(roof.get_xdata())[1] == 250
+    figure.style.plt.close(fig)
+
+
+def test_trimmed_records_show_the_same(rows, tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(line + "\n" for line in trim.trim(rows)))
+    short, full = figure.Study(records.read(path)), figure.Study(rows)
+    assert figure.paragraphs(short) == figure.paragraphs(full)
+    assert short.digests() == full.digests()
