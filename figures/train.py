@@ -123,8 +123,9 @@ class Comparison:
         if most is None:
             yield "Fewer than two SDPA kernels ran: there is no spread to compare with."
             return
+        between = f"{least:.2g} to {most:.2g}" if len(self.yardsticks) > 2 else f"{most:.2g}"
         yield (
-            f"Two SDPA kernels are {least:.2g} to {most:.2g} nats from each other, on average over"
+            f"Two SDPA kernels are {between} nats from each other, on average over"
             f" {self.row['steps']} steps."
         )
         for name in self.judged:
