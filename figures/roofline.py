@@ -216,9 +216,8 @@ class Study:
         lines = []
         for name, (what, factor, unit) in CEILINGS.items():
             if (row := self.ceilings.get(name)) is not None:
-                p20, p80 = (row[p] * factor for p in ("p20", "p80"))
-                best = f"{row['best'] * factor:.3g} {unit}"
-                lines.append([what, best, f"{p20:.3g} to {p80:.3g}"])
+                best, p20, p80 = (digits(row[k] * factor) for k in ("best", "p20", "p80"))
+                lines.append([what, f"{best} {unit}", f"{p20} to {p80}"])
         return "This GPU's ceilings", ["", "best turn", "p20 to p80 of all"], lines
 
     def limits_table(self):
@@ -254,7 +253,11 @@ class Study:
                     f" + {shares.get('exps', math.nan):.0%}"
                 )
             lines.append(line)
-        title = "TFLOP/s: shares of the products' and the exponentials' ceilings, by head dim"
+        one = self.head_dims[0].about
+        title = (
+            f"TFLOP/s: shares of the products' and the exponentials' ceilings; full,"
+            f" {self.common_length():,} tokens, batch {one['B']}, heads times D = {one['E']}"
+        )
         return title, ["", *(f"D = {d}" for d in dims)], lines
 
     def tables(self):
@@ -283,6 +286,10 @@ def micro(seconds):
     if seconds < 1e-3:
         return f"{seconds * 1e6:.3g} µs"
     return f"{seconds * 1e3:.3g} ms"
+
+
+def digits(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def amount(size):

@@ -13,7 +13,17 @@ import re
 import sys
 from pathlib import Path
 
-from flashstudy.figures import answers, both, crossings, grid, records, style
+from flashstudy.figures import (
+    answers,
+    both,
+    claims,
+    crossings,
+    grid,
+    memory,
+    records,
+    roofline,
+    style,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "figures" / "reference"
@@ -28,6 +38,8 @@ COMMANDS = {
     "small": "python bench/ladder.py --small-calls",
     "decode": "python bench/decode.py",
     "crossover": "python bench/crossover.py",
+    "roofline": "python bench/roofline.py",
+    "memory": "python bench/memory.py",
 }
 
 
@@ -209,6 +221,48 @@ def crossed(made):
     return f"{text}\n<sub>{end}</sub>\n"
 
 
+def study_of(module, file):
+    """The Study of a reference file; module: roofline or memory."""
+    path = REFERENCE / f"{file}.jsonl"
+    try:
+        return module.Study(records.read(path))
+    except (OSError, records.RecordError) as e:
+        raise TableError(f"{path}: {e}") from None
+
+
+def of_roofline(part):
+    """`why`, in paragraphs, or a table of the roofline's study."""
+    study = study_of(roofline, "roofline")
+    if part == "why":
+        text = "".join(f"**{t}.** {said}\n\n" for t, said in roofline.paragraphs(study).items())
+        about = ""
+    else:
+        title, header, rows = getattr(study, f"{part}_table")() if study.base else ("", [], [])
+        text, about = markdown(header, rows) if rows else "", f"{title}. "
+    if not text:
+        raise TableError(f"{REFERENCE / 'roofline.jsonl'}: nothing to say of {part}")
+    on = study.provenance() if part == "head_dims" else roofline.measured_on(study)
+    about += f"{on}. `{COMMANDS['roofline']}`"
+    return f"{text.rstrip()}\n\n<sub>{about}</sub>\n"
+
+
+def of_memory(part):
+    """`words`, or the table of measured against expected bytes."""
+    study = study_of(memory, "memory")
+    if not study.lines():
+        raise TableError(f"{REFERENCE / 'memory.jsonl'}: no memory was measured")
+    text = "\n\n".join(study.words()) if part == "words" else markdown(*study.table()).rstrip()
+    one = study.sweeps[0]
+    return f"{text}\n\n<sub>{one.provenance()}. `{COMMANDS['memory']}`</sub>\n"
+
+
+def claimed():
+    try:
+        return claims.markdown(REFERENCE)
+    except (OSError, records.RecordError) as e:
+        raise TableError(str(e)) from None
+
+
 def capabilities():
     """The table of backends as a reader wants it."""
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -238,6 +292,13 @@ GRID_TABLES = {
     "crossings-naive-compiled": lambda: crossed(lambda f: crossings.table(f, "naive-compiled")),
     "crossings-sdpa": lambda: crossed(lambda f: crossings.table(f, "sdpa")),
     "crossings-conditions": lambda: crossed(crossings.conditions_table),
+    "why": lambda: of_roofline("why"),
+    "ceilings": lambda: of_roofline("ceilings"),
+    "limits": lambda: of_roofline("limits"),
+    "head-dims": lambda: of_roofline("head_dims"),
+    "memory-words": lambda: of_memory("words"),
+    "memory-far": lambda: of_memory("table"),
+    "claims": claimed,
 }
 TABLES = {
     "answer": answer,

@@ -32,6 +32,16 @@ OWN |= {
     "error_over_budget",
     "kernels",
     "curve",
+    "counted_flops",
+    "counted_exps",
+    "counted_bytes",
+    "scores_bytes",
+    "ncu_passes",
+    "ceiling",
+    "best",
+    "role",
+    "predicted_end",
+    "free_mib",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flashstudy.backends import naive
 from flashstudy.bench import common, roofline, rounds
-from flashstudy.figures import grid, records, trim
+from flashstudy.figures import grid, records, table, trim
 from flashstudy.figures import roofline as figure
 
 CELL = grid.Cell("forward", 128, False, 1024, 4, 16)
@@ -547,6 +547,21 @@ def test_the_roofline_is_the_ceilings_and_the_points_the_calls(rows):
     assert list(roof.get_ydata())[1:] == [1000, 1000]
     assert list(roof.get_xdata())[1] == 250
     figure.style.plt.close(fig)
+
+
+def test_the_readmes_parts_are_made_from_the_reference(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "REFERENCE", tmp_path)
+    with pytest.raises(table.TableError, match=r"roofline\.jsonl"):
+        table.TABLES["why"]()
+    (tmp_path / "roofline.jsonl").write_text("".join(line + "\n" for line in trim.trim(rows)))
+    made = {name: table.TABLES[name]() for name in ("why", "ceilings", "limits", "head-dims")}
+    for title in figure.WHY:
+        assert f"**{title}.** " in made["why"]
+    assert "| matrix product, 8192³ | 1,000 TFLOP/s |" in made["ceilings"]
+    assert "| products 80% |\n" in made["limits"]
+    assert "| v1 flash | 600: 60% + 59% | 800: 80% + 39% |" in made["head-dims"]
+    assert all("Test GPU; torch 2.11" in text for text in made.values())
+    assert all("`python bench/roofline.py`" in text for text in made.values())
 
 
 def test_trimmed_records_show_the_same(rows, tmp_path):
