@@ -248,7 +248,7 @@ def missing(args, plan, file, provenance, metric="time_ms"):
     return rest
 
 
-def progress(things, **options):
+def progress(things=None, **options):
     """tqdm, which tells a terminal at once and a log every now and then."""
     return tqdm(things, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 

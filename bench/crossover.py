@@ -60,8 +60,10 @@ from tqdm import tqdm
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 QUICK_LENGTHS = (16, 64, 256, 1024)
 SLICES = ("base", "training", "fill", "mask", "head-dim", "dtype")
+DENSE = ("base", "training")  # every backend, every length
 HEAD_DIMS = (64, 128, 256)
 COARSE = {"naive-compiled": 2, "flex": 4}  # lengths are powers of this, where there are two such
+SETUP_SHARE, SETUP_END = 0.6, 0.75  # of a budget: to leave out the optional, and everything
 REPLAYS, BATCHES = 2, 2  # samples of a turn: of a graph, of the wall clock
 EVENT_S, WALL_S = 1.5e-3, 1e-3  # seconds of events in a turn, and of calls in a batch
 
@@ -133,7 +135,7 @@ def plan_of(args):
     }
     plan, seen = {}, set()
     for name in (s for s in SLICES if s in args.slices):
-        dense = name in ("base", "training")
+        dense = name in DENSE
         names = args.backends or (every_backend if dense else few_backends)(device)
         if name == "fill" and not args.backends and device.type == "cuda":
             names = [b for b in names if b != "sdpa"]
@@ -210,9 +212,6 @@ class CpuClocks:
 class Session(rounds.Session):
     """A run of the cells of one dtype: set up as the ladder and the peers are."""
 
-    setup_share = 0.65
-    dense = ()  # the cells of the first two slices
-
     def why_not(self, name, cell):
         key = name, cell.direction != "forward"
         if key not in self.reasons:
@@ -220,10 +219,6 @@ class Session(rounds.Session):
             device = torch.device(self.timer.device)
             self.reasons[key] = seqlen.reason_not(name, device, dtype, key[1])
         return self.reasons[key]
-
-    def optional(self, name, cell):
-        """What compiles long, and in any slice but the first two everything."""
-        return name in rounds.SLOW_SETUP or cell not in self.dense
 
     def prepare(self, it, cell, given):
         """The eager call as a user would write it, and its costs while no other process runs."""
@@ -304,6 +299,8 @@ def execute(args, plan, clocks, file, provenance):
     spent = done = 0
     for at, (part, dtype, cell) in enumerate(cells.progress(order, desc="measuring", unit="cell")):
         session, names = sessions[dtype], rest[dtype, cell]
+        if not any((cell, name) in session.ready for name in names):
+            continue  # there was no time to set it up, and that was said
         began = time.monotonic()
         expected = 1.3 * spent / done * len(names) if done else 0.0
         if args.budget is not None and began - start + expected > args.budget:
@@ -325,27 +322,62 @@ def execute(args, plan, clocks, file, provenance):
 
 
 def set_up(args, plan, rest, clocks):
-    """{dtype: Session}, every backend compiled, verified and called once in every cell."""
-    sessions, start = {}, time.monotonic()
-    dense = {key for name in ("base", "training") for key in plan.get(name, ())}
+    """{dtype: Session}, every backend compiled, verified and called once in every cell.
+
+    The dense slices first. Other processes compile what they can; until they are done, this one
+    sets up what they cannot help with. Where a budget is short, the other slices and what compiles
+    for long are left out first.
+    """
+    start, sessions = time.monotonic(), {}
     for dtype in dict.fromkeys(dtype for dtype, _ in rest):
-        cells_ = {cell: names for (of, cell), names in rest.items() if of == dtype}
-        sessions[dtype] = session = Session(
-            cells_, clocks.timer, common.DTYPES[dtype], seconds=args.budget, slot=0.0,
-            rounds=args.turns, seed=args.seed, report=tqdm.write,
+        own = {cell: names for (of, cell), names in rest.items() if of == dtype}
+        sessions[dtype] = Session(
+            own, clocks.timer, common.DTYPES[dtype], seconds=None, slot=0.0, rounds=args.turns,
+            seed=args.seed, report=tqdm.write,
         )  # fmt: skip
-        session.dense = {cell for of, cell in dense if of == dtype}
-    compiling = None
-    if clocks.timer.device == "cuda":
-        compiling = rounds.Precompiler([t for s in sessions.values() for t in s.to_compile()])
-    for dtype, session in sessions.items():
-        left_out = session.set_up_all(
-            lambda p, dtype=dtype: cells.progress(p, desc=f"set-up, {dtype}", unit="cell"),
-            compiling,
-        )
-        if left_out:
-            names = ", ".join(sorted({name for name, _ in left_out}))
-            print(f"--budget left no time to set up {len(left_out)} measurements of {names}")
+    order = [
+        (name not in DENSE, backend in rounds.SLOW_SETUP, backend, dtype, cell)
+        for name, part in plan.items()
+        for dtype, cell in part
+        if (dtype, cell) in rest
+        for backend in rest[dtype, cell]
+    ]
+    order.sort(key=lambda item: item[:2])
+
+    def late(share):
+        return args.budget is not None and time.monotonic() - start >= share * args.budget
+
+    left_out = []
+    with cells.progress(total=len(order), desc="set-up", unit="call") as bar:
+
+        def settle(sparse, slow, backend, dtype, cell):
+            bar.update()
+            if late(SETUP_END if not sparse and not slow else SETUP_SHARE):
+                left_out.append(backend)
+            else:
+                sessions[dtype].settle(backend, cell)
+
+        if clocks.timer.device == "cuda":
+            compiling = rounds.Precompiler([t for s in sessions.values() for t in s.to_compile()])
+            rest_of = [item for item in order if rounds.helped(item[2])]
+            for item in (item for item in order if not rounds.helped(item[2])):
+                if item[0] and compiling.done:
+                    rest_of.append(item)
+                else:
+                    settle(*item)
+            tqdm.write(f"waiting for {len(compiling.tasks)} compilations in other processes")
+            spare = math.inf
+            if args.budget is not None:
+                spare = max(0.0, SETUP_SHARE * args.budget - (time.monotonic() - start))
+            hung = compiling.wait(seconds=spare)
+            for session in sessions.values():
+                session.refuse(hung)
+            order = sorted(rest_of, key=lambda item: item[:2])
+        for item in order:
+            settle(*item)
+    if left_out:
+        names = ", ".join(map(records.label, dict.fromkeys(left_out)))
+        print(f"--budget left no time to set up {len(left_out)} calls of {names}")
     print(f"set-up took {time.monotonic() - start:.0f} s")
     return sessions
 

@@ -12,6 +12,7 @@ equally long for all, so that the host is ahead and the events see the GPU alone
 
 import concurrent.futures
 import gc
+import math
 import multiprocessing
 import os
 import random
@@ -30,6 +31,7 @@ from torch.nn.attention import SDPBackend
 MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns like a backend
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
+SETUP_SHARE = 0.5  # of a budget
 MOST_CALLS = 100  # of one backend in one turn
 # What compiles for seconds a configuration (flash-attn-4) or a shape and is not ours: the first to
 # be left out where a budget is short.
@@ -174,30 +176,36 @@ class Precompiler:
         self.pool = concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=multiprocessing.get_context(start)
         )
-        self.hung = None  # the tasks that never end, once known
         self.begun = tempfile.TemporaryDirectory()  # a file for each task that a process has begun
         self.tasks = {
             self.pool.submit(begin, f"{self.begun.name}/{i}", work, task): (i, task)
             for i, task in enumerate(tasks)
         }
 
-    def wait(self, patience=PATIENCE):
-        """Until all is done, or nothing more gets done; returns the tasks that hang."""
-        left = set(self.tasks)
-        while left:
-            done, left = concurrent.futures.wait(left, patience, concurrent.futures.FIRST_COMPLETED)
-            if not done:
-                break
-        if self.hung is not None:
-            return self.hung
+    @property
+    def done(self):
+        return all(future.done() for future in self.tasks)
+
+    def wait(self, patience=PATIENCE, seconds=math.inf):
+        """Until all is done, or nothing more gets done, or so many seconds have passed.
+
+        Returns the tasks that hang; those that there were no seconds for are merely given up.
+        """
+        left, end = set(self.tasks), time.monotonic() + seconds
+        hangs = False
+        while left and not hangs and (rest := end - time.monotonic()) > 0:
+            done, left = concurrent.futures.wait(
+                left, min(patience, rest), concurrent.futures.FIRST_COMPLETED
+            )
+            hangs = not done and patience < rest
         begun = {int(name) for name in os.listdir(self.begun.name)}
-        self.hung = [task for i, task in map(self.tasks.get, left) if i in begun]
+        hung = [task for i, task in map(self.tasks.get, left) if hangs and i in begun]
         processes = list((self.pool._processes or {}).values()) if left else []
         self.pool.shutdown(wait=not left, cancel_futures=True)
         for process in processes:
             process.kill()
         self.begun.cleanup()
-        return self.hung
+        return hung
 
 
 class Verifier:
@@ -233,6 +241,11 @@ class Verifier:
         return errors.verdict(got, self.expected[cell])
 
 
+def helped(name):
+    """Whether another process can compile for this one."""
+    return name in DISK_CACHED or name in grid.steps()
+
+
 def smallest(cell, cells):
     """The cell in which to verify for this one: its sweep's shortest, VERIFY_LENGTH at most."""
     sweep = [c for c in cells if (c[:3], c[6:]) == (cell[:3], cell[6:])]
@@ -249,8 +262,6 @@ class Session:
     rounds: turns each backend has in a cell.
     report: called with a line for people.
     """
-
-    setup_share = 0.5  # of a budget
 
     def __init__(self, plan, timer, dtype, *, seconds, slot, rounds, seed, report=print):
         self.plan, self.timer, self.dtype, self.seed = plan, timer, dtype, seed
@@ -302,10 +313,6 @@ class Session:
             self.reasons[key] = why_not(name, self.timer.device, self.dtype, key[1])
         return self.reasons[key]
 
-    def optional(self, name, cell):
-        """Whether a backend in a cell is left out where a budget is short."""
-        return name in SLOW_SETUP
-
     def set_up(self, name, cell):
         """Compile, verify and time once: a Contender without its call, or with what went wrong."""
         it = Contender(name)
@@ -334,7 +341,7 @@ class Session:
         tasks = {}
         for cell, names in self.plan.items():
             for name in names:
-                if name in DISK_CACHED or name in grid.steps():
+                if helped(name):
                     at = cell if name in DISK_CACHED else smallest(cell, self.plan)
                     tasks[name, at] = None
         return [(*task, self.dtype, self.seed) for task in tasks if self.why_not(*task) is None]
@@ -342,34 +349,39 @@ class Session:
     def precompile(self):
         return Precompiler(self.to_compile())
 
-    def set_up_all(self, progress, compiling=None):
-        """Set up everything; nothing `optional` more once the set-up's share of time is up.
+    def refuse(self, hung):
+        """What hung in another process is not called here."""
+        for name, at, dtype, _ in hung:
+            if dtype == self.dtype:
+                reason = f"at N={at.length}: did not return within {PATIENCE} s"
+                self.verdicts[name, at] = ("failed", reason, None)
 
-        compiling: the Precompiler at work on what is to compile; one is started where there is
-        none. While other processes compile our steps, this one sets up what they cannot help with.
+    def settle(self, name, cell):
+        """Set up a backend in a cell, and say what went wrong."""
+        it = self.ready[cell, name] = self.set_up(name, cell)
+        if it.status not in ("ok", "unsupported"):
+            self.report(f"{name}, {cell}: {it.status}, {it.reason}")
+
+    def set_up_all(self, progress):
+        """Set up everything; of SLOW_SETUP nothing more once the set-up's share of time is up.
+
+        While other processes compile our steps, this one sets up what they cannot help with.
         Returns [(name, cell)] of what was left out.
         """
-        if compiling is None and self.timer.device == "cuda":
-            compiling = self.precompile()
-        helped = (*DISK_CACHED, *grid.steps())
+        compiling = self.precompile() if self.timer.device == "cuda" else None
         pairs = [(name, cell) for cell, names in self.plan.items() for name in names]
-        pairs.sort(key=lambda pair: (pair[0] in helped, self.optional(*pair)))
+        pairs.sort(key=lambda pair: (helped(pair[0]), pair[0] in SLOW_SETUP))
         left_out = []
         for name, cell in progress(pairs):
-            if compiling is not None and name in helped:
+            if compiling is not None and helped(name):
                 self.report(f"waiting for {len(compiling.tasks)} compilations in other processes")
-                for hung, at, dtype, _ in compiling.wait():
-                    if dtype == self.dtype:
-                        reason = f"at N={at.length}: did not return within {PATIENCE} s"
-                        self.verdicts[hung, at] = ("failed", reason, None)
+                self.refuse(compiling.wait())
                 compiling = None
-            late = self.seconds is not None and self.left() < self.seconds * (1 - self.setup_share)
-            if late and self.optional(name, cell):
+            late = self.seconds is not None and self.left() < self.seconds * (1 - SETUP_SHARE)
+            if late and name in SLOW_SETUP:
                 left_out.append((name, cell))
-                continue
-            it = self.ready[cell, name] = self.set_up(name, cell)
-            if it.status not in ("ok", "unsupported"):
-                self.report(f"{name}, {cell}: {it.status}, {it.reason}")
+            else:
+                self.settle(name, cell)
         return left_out
 
     def floor(self, cell):

@@ -325,7 +325,10 @@ def test_a_cpu_gives_a_true_answer_and_the_same_command_measures_nothing(quiet, 
 
 def test_a_budget_stops_between_cells_in_the_order_of_the_slices(quiet, tmp_path, capsys):
     out, clock = tmp_path / "r.jsonl", SimpleNamespace(now=0.0)
-    quiet.setattr(crossover.Session, "set_up_all", lambda self, *_: [])
+    quiet.setattr(
+        crossover.Session, "settle",
+        lambda self, name, cell: self.ready.update({(cell, name): rounds.Contender(name)}),
+    )  # fmt: skip
     quiet.setattr(crossover, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def measure(self, clocks, cell, names, turns):
@@ -348,6 +351,73 @@ def test_a_budget_stops_between_cells_in_the_order_of_the_slices(quiet, tmp_path
     done = [(r["slice"], r["N_Q"], r["B"], r["H"], r["causal"]) for r in read(out)]
     assert len(done) == 3 * len(set(done))
     assert len(set(done)) == 4 * 4 > before  # base, training, B·H = 1, the other mask
+
+
+class Compiling:
+    """A Precompiler that is done when told, and finds nothing that hangs."""
+
+    def __init__(self, tasks):
+        self.tasks, self.done, self.waited = tasks, False, None
+
+    def wait(self, seconds):
+        self.waited = seconds
+        return []
+
+
+@pytest.mark.parametrize("budget", [None, 100])
+def test_the_dense_slices_are_set_up_first_and_the_optional_left_out(quiet, budget, capsys):
+    """Every call takes a second. `free` compiles nothing, `step` is compiled by others."""
+    clock, log, made = SimpleNamespace(now=0.0), [], []
+    quiet.setattr(crossover, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    quiet.setattr(rounds, "Precompiler", lambda tasks: made.append(Compiling(tasks)) or made[0])
+    quiet.setattr(rounds, "helped", lambda name: name in ("v1_flash", "flex"))
+    quiet.setattr(crossover.Session, "to_compile", lambda self: [])
+
+    def settle(self, name, cell):
+        log.append((name, cell.causal))
+        clock.now += 1.0
+        made[0].done = len(log) >= 25
+
+    quiet.setattr(crossover.Session, "settle", settle)
+    cell = grid.Cell("forward", 16, True, 0, 1, 2)
+    names = ["naive", "flex", "v1_flash"]
+    plan = {
+        "base": {("float32", cell._replace(length=n)): names for n in range(20)},
+        "mask": {("float32", cell._replace(length=n, causal=False)): names for n in range(20)},
+    }
+    args = SimpleNamespace(budget=budget, turns=3, seed=0)
+    rest = {key: names for part in plan.values() for key in part}
+    clocks = SimpleNamespace(timer=SimpleNamespace(device="cuda"))
+    crossover.set_up(args, plan, rest, clocks)
+    assert log[:20] == [("naive", True)] * 20  # the base, as far as nobody else compiles it
+    assert log[20:25] == [("naive", False)] * 5  # then others, until the compilers are done
+    assert log[25:45] == [("v1_flash", True)] * 20
+    if budget is None:
+        assert made[0].waited == math.inf
+        assert log[45:65] == [("flex", True)] * 20
+        assert len(log) == 120
+        assert "--budget" not in capsys.readouterr().out
+    else:
+        assert made[0].waited == pytest.approx(60 - 25)
+        assert len(log) == 60  # 60 % of the budget: what is left is optional
+        assert "no time to set up 60 calls of FlexAttention" in capsys.readouterr().out
+
+
+def test_nothing_is_set_up_in_the_last_quarter_of_a_budget(quiet, capsys):
+    clock, log = SimpleNamespace(now=0.0), []
+    quiet.setattr(crossover, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def settle(self, name, cell):
+        log.append(name)
+        clock.now += 1.0
+
+    quiet.setattr(crossover.Session, "settle", settle)
+    cell = grid.Cell("forward", 16, True, 0, 1, 2)
+    plan = {"base": {("float32", cell._replace(length=n)): ["naive", "sdpa"] for n in range(20)}}
+    args = SimpleNamespace(budget=20, turns=3, seed=0)
+    crossover.set_up(args, plan, plan["base"], crossover.CpuClocks())
+    assert len(log) == 15
+    assert "no time to set up 25 calls of SDPA, Naive" in capsys.readouterr().out
 
 
 def test_a_failing_backend_is_a_row_and_the_others_go_on(quiet, tmp_path):
