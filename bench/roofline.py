@@ -586,7 +586,7 @@ def parser():
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--counters", action=argparse.BooleanOptionalAction, default=True,
         help="read hardware counters with ncu where it is installed (the default)")  # fmt: skip
-    add("--budget", type=common.positive, default=85, metavar="SECONDS",
+    add("--budget", type=common.positive, default=75, metavar="SECONDS",
         help="end within this time (default: %(default)s)")  # fmt: skip
     add("--slot-ms", type=common.positive, default=25, metavar="MS",
         help="longest turn of a backend (default: %(default)s)")  # fmt: skip

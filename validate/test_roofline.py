@@ -264,7 +264,7 @@ def test_short_calls_are_timed_on_all_clocks(tame, tmp_path):
 def test_counters_join_the_calls_that_have_none(tame, tmp_path, capsys):
     def count(tasks, counters, known, dtype, seed, seconds):
         assert known == {"known"}
-        assert 0 < seconds <= 85
+        assert 0 < seconds <= 75
         values = {roofline.TIME: (0.5, [["k", 0.5]]), READ: (2.0**20, [["k", 2.0**20]])}
         found = [(t, values if t[0] == "naive" else {}) for t in tasks]
         return found, 1, ["a remark"] if counters is roofline.TRAFFIC else []
