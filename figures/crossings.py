@@ -385,11 +385,16 @@ def filling(found, rival="naive"):
                 if (c := crossing(s, backend, rival, metric)) is not None
             ]
             if len(some) > 1:
-                ends = [f"{span([c])} at B·H = {n:,}" for n, c in (some[0], some[-1])]
-                parts.append(f"by {CLOCKS[metric]} {' and '.join(ends)}")
+                (least, a), (most, b) = some[0], some[-1]
+                if span([a]) == span([b]):
+                    text = f"{span([a])} at B·H = {least:,} as at {most:,}"
+                else:
+                    text = f"{span([a])} at B·H = {least:,} and {span([b])} at {most:,}"
+                parts.append(f"by {CLOCKS[metric]} {text}")
         if parts:
             return (
-                f"How full the GPU is: {records.label(backend)} beats {records.label(rival)}"
+                f"With how much there is to fill the machine: {records.label(backend)} beats"
+                f" {records.label(rival)}"
                 f" {'; '.join(parts)}."
             )
     return None

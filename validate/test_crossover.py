@@ -204,7 +204,7 @@ def test_tables_have_a_column_a_direction_and_clock(varied):
     assert len(lines) == 8 * 3
     text = " ".join(crossings.words(found))
     assert text.startswith("Forward, bfloat16, causal, batch 4, 16 heads of 64; GPU.")
-    for part in ("beat Naive by GPU time", "beat Naive compiled", "one call:", "How full the GPU"):
+    for part in ("beat Naive by GPU time", "beat Naive compiled", "one call:", "to fill the machine"):
         assert part in text
 
 
