@@ -65,7 +65,7 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Where the scores of 64 heads outgrow the L2 caches of today: for those that store scores.
 BETWEEN = (384, 640, 768)
 CAUSAL_LENGTHS = (512, 2048, 8192, 16384)
-HEAD_DIM, HEAD_DIMS, HEAD_DIMS_AT = 128, (32, 64, 256), 8192
+HEAD_DIM, HEAD_DIMS, HEAD_DIMS_AT = 128, (64, 256), 8192
 SMALL_MS = seqlen.SMALL_MS
 
 

@@ -298,7 +298,7 @@ def test_what_is_counted_first_is_ours():
     first, second, third = roofline.batches(plan)
     assert {t[0] for t in first[0]} == {"naive", "v0_naive", "v1_flash", "v3_tma", "v6_persistent"}
     assert {t[0] for t in third[0]} == {"sdpa-cudnn", "flash-attn"}
-    assert {t[2] for t in second[0]} == {32, 64, 128, 256}
+    assert {t[2] for t in second[0]} == {64, 128, 256}
     assert [c for _, c in (first, second, third)] == [
         roofline.TRAFFIC, roofline.UNITS, roofline.TRAFFIC,
     ]  # fmt: skip
