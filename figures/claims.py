@@ -3,9 +3,9 @@
     python figures/claims.py                    # from figures/reference
     python figures/claims.py results            # from a folder of your own records
 
-Reads seqlen.jsonl, and mixed.jsonl and memory.jsonl where they are there, and prints a Markdown
-table: a claim in our words, a verdict, the numbers and the picture behind it. No verdict is written
-down here: each follows from the records by the rule that stands beside it.
+Reads seqlen.jsonl, and mixed.jsonl, memory.jsonl and crossover.jsonl where they are there, and
+prints a Markdown table: a claim in our words, a verdict, the numbers and the picture behind it. No
+verdict is written down here: each follows from the records by the rule that stands beside it.
 """
 
 import argparse
@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from flashstudy.figures import answers, memory, records
+from flashstudy.figures import answers, crossings, memory, records
 
 CONFIRMED, REFINED, REFUTED, OPEN = "confirmed", "refined", "refuted", "not measured"
 QUADRATIC, LINEAR = 1.9, 1.1  # exponents from which, and up to which, growth is called so
 MUCH = 2.0  # times as fast that is "substantially" better
 MEDIUM = 2048  # tokens by which "medium" lengths have begun
 STEADY = 0.3  # exponent of a speed-up over the length below which it is a constant factor
+FILES = ("seqlen", "mixed", "memory", "crossover")
 REFERENCE = Path(__file__).resolve().parent / "reference"
 
 
@@ -35,7 +36,7 @@ class Finding(NamedTuple):
 class Evidence:
     """The sweeps that claims are held against; any of them may be missing."""
 
-    def __init__(self, seqlen=(), mixed=(), far=()):
+    def __init__(self, seqlen=(), mixed=(), far=(), near=()):
         self.alone = one(records.sweeps(seqlen), scope="attention", direction="forward")
         self.block = one(records.sweeps(seqlen), scope="block", direction="forward")
         halves = answers.pairs(records.sweeps(mixed))
@@ -43,6 +44,7 @@ class Evidence:
             (p for p in halves if (p[0].scope, p[0].direction) == ("attention", "forward")), None
         )
         self.far = memory.Study(far)
+        self.near = crossings.base(crossings.sweeps(near))
 
     def precisions(self):
         """Sweeps of attention alone that have SDPA, one a precision."""
@@ -181,32 +183,56 @@ def linear(e):
     return Finding(claim, rule, verdict, text, picture)
 
 
+def slower_at_first(e):
+    """(shortest length, {clock: (slower than naive beyond the noise, of so many, words)}, picture).
+
+    Of the flash backends; from the crossings, which begin at shorter lengths, where they are there.
+    """
+    clocks = {"graph_ms": "the GPU's clock", "host_ms": "the host's"}
+    if e.near is not None and "naive" in e.near.backends("host_ms"):
+        found, first = {}, e.near.lengths()[0]
+        for metric, clock in clocks.items():
+            crossed = [
+                c for c in crossings.crossings(e.near, "naive", metric)
+                if records.family(c.backend) == "flash"
+            ]  # fmt: skip
+            slower = [c for c in crossed if c.low > crossings.EVERYWHERE]
+            text = f"{len(slower)} of {len(crossed)} slower than naive by {clock}"
+            if slower:
+                ends = [c.start for c in slower]
+                low, high = (slower[0].bound(f(ends)) for f in (min, max))
+                text += f", up to {low if low == high else f'{low} to {high}'} tokens"
+            found[metric] = len(slower), len(crossed), text
+        return first, found, "crossover-naive"
+    if e.alone is None:
+        return None, {}, None
+    n, found = e.alone.lengths[0], {}
+    for metric, clock in clocks.items():
+        naive = e.alone.at("naive", n, metric)
+        rows = [r for b in answers.challengers(e.alone) if (r := e.alone.at(b, n, metric))]
+        if naive is not None and rows:
+            slower = sum(answers.faster(naive, r) for r in rows)
+            took = spread([r["p50"] * 1e3 for r in rows], "{:.1f}")
+            text = f"{slower} of {len(rows)} slower than naive by {clock} ({took} µs, naive"
+            found[metric] = slower, len(rows), f"{text} {naive['p50'] * 1e3:.1f})"
+    return n, found, "attention-runtime"
+
+
 def overhead(e):
     claim = "It has a slight overhead at very small lengths, from the kernel's set-up."
     rule = "confirmed: at the shortest length most flash backends are slower than naive beyond the"
     rule += " noise by the GPU's clock and by the host's; refined: some are, by one of them;"
     rule += " refuted: none is"
-    if e.alone is None:
+    n, found, picture = slower_at_first(e)
+    if len(found) < 2 or not all(of for _, of, _ in found.values()):
         return Finding(claim, rule, OPEN, "")
-    n, counts, said = e.alone.lengths[0], {}, []
-    for metric, clock in (("graph_ms", "the GPU's clock"), ("host_ms", "the host's")):
-        naive = e.alone.at("naive", n, metric)
-        rows = [r for b in answers.challengers(e.alone) if (r := e.alone.at(b, n, metric))]
-        if naive is None or not rows:
-            return Finding(claim, rule, OPEN, "")
-        slower = sum(answers.faster(naive, r) for r in rows)
-        counts[metric] = slower / len(rows)
-        took = spread([r["p50"] * 1e3 for r in rows], "{:.1f}")
-        said.append(
-            f"{slower} of {len(rows)} slower than naive by {clock} ({took} µs, naive"
-            f" {naive['p50'] * 1e3:.1f})"
-        )
     verdict = REFUTED
-    if all(share > 0.5 for share in counts.values()):
+    if all(slower > of / 2 for slower, of, _ in found.values()):
         verdict = CONFIRMED
-    elif any(counts.values()):
+    elif any(slower for slower, _, _ in found.values()):
         verdict = REFINED
-    return Finding(claim, rule, verdict, f"at {n:,} tokens " + "; ".join(said), "attention-runtime")
+    text = f"at {n:,} tokens " + "; ".join(text for _, _, text in found.values())
+    return Finding(claim, rule, verdict, text, picture)
 
 
 def gains(e):
@@ -297,9 +323,9 @@ def findings(evidence):
 
 def evidence_in(folder):
     """The Evidence of a folder of record files. Raises records.RecordError, OSError."""
-    files = {name: Path(folder) / f"{name}.jsonl" for name in ("seqlen", "mixed", "memory")}
+    files = {name: Path(folder) / f"{name}.jsonl" for name in FILES}
     rows = {name: records.read(path) if path.exists() else [] for name, path in files.items()}
-    return Evidence(rows["seqlen"], rows["mixed"], rows["memory"])
+    return Evidence(*(rows[name] for name in FILES))
 
 
 def markdown(folder=REFERENCE, pictures="figures"):

@@ -126,6 +126,38 @@ def test_noise_decides_nothing():
     assert verdict(claims.overhead, noisy) == "refuted"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "host", "expected"),
+    [
+        ((2.0, 1.5), (2.0, 1.5), "refuted"),  # naive is the slower one, at 16 and at 256 tokens
+        ((2.0, 1.5), (0.5, 2.0), "refined"),
+        ((0.5, 2.0), (0.5, 2.0), "confirmed"),
+    ],
+)
+def test_crossings_decide_on_small_lengths_where_there_are_any(gpu, host, expected):
+    """gpu, host: naive's time over flash's at the two lengths, by each clock."""
+
+    def rows(backend, ratios):
+        about = BASE | {"study": "crossover", "slice": "base", "run": "1", "backend": backend}
+        for metric, of_clock in ratios.items():
+            for n, ratio in zip((16, 256), of_clock, strict=True):
+                turns = {"turns": [ratio, ratio * 1.01, ratio * 0.99], "p50": ratio}
+                shape = {"N_Q": n, "N_K": n, "metric": metric, "status": "ok"}
+                yield about | shape | turns
+
+    near = [
+        *rows("naive", {"graph_ms": gpu, "host_ms": host}),
+        *rows("v1_flash", {"graph_ms": (1, 1), "host_ms": (1, 1)}),
+    ]
+    found = claims.overhead(claims.Evidence(world(), near=near))
+    assert found.verdict == expected
+    assert "at 16 tokens" in found.evidence
+    assert found.picture == "crossover-naive"
+    if expected == "refined":
+        assert "0 of 1 slower than naive by the GPU's clock" in found.evidence
+        assert "1 of 1 slower than naive by the host's, up to 64 tokens" in found.evidence
+
+
 def test_an_exponent_is_that_of_the_longer_half():
     points = [(n, 1e4 + n**2) for n in (2, 4, 8, 16)]  # a constant hides the growth at first
     assert claims.exponent(points) < 0.1
