@@ -696,8 +696,9 @@ def parse(argv):
 How it measures. Each backend is first checked against an fp64 reference at the smallest length.
 Then, per length and scope, every backend's memory is measured on one call of a fresh model, and
 its time in rounds that alternate between the backends: device events with the L2 cache flushed on
-a GPU, torch.utils.benchmark on a CPU; median, 20th and 80th percentile. Calls shorter than 0.1 ms
-are also timed as CUDA graph replays and by the host's clock: short calls wait for launches.
+a GPU, which idles before a short call until the host has launched it; torch.utils.benchmark on a
+CPU; median, 20th and 80th percentile. Calls shorter than 0.1 ms are also timed as CUDA graph
+replays and by the host's clock, since a program that makes them one by one waits for launches.
 Peak memory is what a call adds to its inputs and parameters. Backward is timed alone; its memory is
 that of forward and backward. FLOPs: 4·B·H·N²·D, half of it when causal, 2.5 times it backward.
 
