@@ -62,26 +62,29 @@ PARTS = {
         "how much of the advantage is precision",
     ),
     "crossover": Part(
-        "bench/crossover.py", "crossover.jsonl", "the crossing lengths, on three clocks", True
+        "bench/crossover.py --no-charts --budget 90",
+        "crossover.jsonl",
+        "the crossing lengths, on three clocks",
+        True,
     ),
     "roofline": Part("bench/roofline.py", "roofline.jsonl", "why: traffic, rates, ceilings"),
     "memory": Part("bench/memory.py", "memory.jsonl", "peak memory to a million tokens"),
     "peers": Part(
-        "bench/peers.py --budget 190 --limit flex=512,4096,16384",
+        "bench/peers.py --budget 170 --limit flex=512,4096,16384",
         "peers.jsonl",
         "our fastest kernels beside the libraries'",
     ),
     "peers-long": Part(
-        "bench/peers.py --long --head-dims 128 --limit flex=131072 --budget 60",
+        "bench/peers.py --long --head-dims 128 --limit flex=131072 --budget 45",
         "peers.jsonl",
         "the same at 32k to 128k tokens",
     ),
-    "ladder": Part("bench/ladder.py --budget 110", "ladder.jsonl", "what each step gains"),
+    "ladder": Part("bench/ladder.py --budget 90", "ladder.jsonl", "what each step gains"),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 45", "ladder.jsonl", "what a launch costs"
+        "bench/ladder.py --small-calls --budget 40", "ladder.jsonl", "what a launch costs"
     ),
     "decode": Part("bench/decode.py --budget 35", "decode.jsonl", "few queries over many keys"),
-    "train": Part("bench/train.py", "train.jsonl", "does a model train alike"),
+    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike"),
 }
 
 
