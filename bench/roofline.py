@@ -53,7 +53,7 @@ import torch
 import triton
 import triton.language as tl
 from flashstudy.backends import BACKENDS, load
-from flashstudy.bench import cells, common, explain, rounds, seqlen
+from flashstudy.bench import cells, common, explain, ladder, rounds, seqlen
 from flashstudy.figures import grid, records
 from flashstudy.figures import roofline as figure
 from tqdm import tqdm
@@ -446,7 +446,8 @@ def clocks(session, cell, field):
         for metric, clock in (("graph_ms", common.graph_samples), ("host_ms", common.host_samples)):
 
             def turn(it, clock=clock):
-                it.turns.append(clock(session.closure(it.name, cell, given)))
+                with contextlib.ExitStack() as stack:
+                    it.turns.append(clock(ladder.small_call(it.name, cell, given, stack)))
 
             for it in made[metric]:
                 session.attempt(it, lambda it=it, turn=turn: turn(it))

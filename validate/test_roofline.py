@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from flashstudy.backends import naive
-from flashstudy.bench import common, roofline, rounds
+from flashstudy.bench import common, ladder, roofline, rounds
 from flashstudy.figures import grid, records, table, trim
 from flashstudy.figures import roofline as figure
 
@@ -214,6 +214,7 @@ def tame(monkeypatch):
     """Every backend runs here, as Naive; ceilings of 1 unit a ms; no ncu."""
     monkeypatch.setattr(rounds, "why_not", lambda *_: None)
     monkeypatch.setattr(rounds, "load", lambda name: naive.attention)
+    monkeypatch.setattr(ladder, "load", lambda name: naive.attention)
     environment = common.environment(torch.device("cpu"))
     monkeypatch.setattr(common, "environment", lambda device: environment)
     made = {name: roofline.Ceiling(lambda: None, 1.0, "1/s") for name in figure.CEILINGS}
