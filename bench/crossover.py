@@ -63,9 +63,10 @@ SLICES = ("base", "training", "fill", "mask", "head-dim", "dtype")
 DENSE = ("base", "training")  # every backend, every length
 HEAD_DIMS = (64, 128, 256)
 COARSE = {"naive-compiled": 2, "flex": 4}  # lengths are powers of this, where there are two such
-SETUP_SHARE, SETUP_END = 0.6, 0.75  # of a budget: to leave out the optional, and everything
-REPLAYS, BATCHES = 2, 2  # samples of a turn: of a graph, of the wall clock
-EVENT_S, WALL_S = 1.5e-3, 1e-3  # seconds of events in a turn, and of calls in a batch
+SETUP_SHARE, SETUP_END = 0.62, 0.75  # of a budget: then no more that compiles for long, no more
+REPLAYS = 2  # of a graph in a turn
+EVENT_S, WALL_S = 1.5e-3, 5e-3  # seconds in a turn: of events, of eager calls back to back
+WALL_CALLS = 3, 10  # in a turn, at least and at most; the first of them finds an idle GPU
 
 
 def defaults(device, quick):
@@ -177,8 +178,9 @@ class GpuClocks:
             return lambda: [
                 t / calls for t in common.event_times(graph.replay, REPLAYS, idle=pause)
             ]
-        calls = max(1, min(10, int(WALL_S / it.cost)))
-        return lambda: common.host_samples(call, BATCHES, calls)
+        least, most = WALL_CALLS
+        calls = max(least, min(most, int(WALL_S / it.cost)))
+        return lambda: common.host_samples(call, 1, calls)
 
 
 class CpuTimer:
@@ -202,8 +204,8 @@ class CpuClocks:
         self.timer = CpuTimer()
 
     def ready(self, metric, call, it, idle):
-        calls = max(1, min(100, int(2 * WALL_S / it.cost)))
-        return lambda: common.host_samples(call, BATCHES, calls, wait=lambda: None)
+        calls = max(1, min(100, int(WALL_S / it.cost)))
+        return lambda: common.host_samples(call, 1, calls, wait=lambda: None)
 
 
 # The run
@@ -324,9 +326,9 @@ def execute(args, plan, clocks, file, provenance):
 def set_up(args, plan, rest, clocks):
     """{dtype: Session}, every backend compiled, verified and called once in every cell.
 
-    The dense slices first. Other processes compile what they can; until they are done, this one
-    sets up what they cannot help with. Where a budget is short, the other slices and what compiles
-    for long are left out first.
+    The dense slices first, what compiles for long last. Other processes compile what they can;
+    meanwhile this one sets up what they cannot help with. Where a budget is short, what comes last
+    is left out, first of all what compiles for long.
     """
     start, sessions = time.monotonic(), {}
     for dtype in dict.fromkeys(dtype for dtype, _ in rest):
@@ -335,46 +337,37 @@ def set_up(args, plan, rest, clocks):
             own, clocks.timer, common.DTYPES[dtype], seconds=None, slot=0.0, rounds=args.turns,
             seed=args.seed, report=tqdm.write,
         )  # fmt: skip
+    slow = {backend: i + 1 for i, backend in enumerate(rounds.SLOW_SETUP)}
     order = [
-        (name not in DENSE, backend in rounds.SLOW_SETUP, backend, dtype, cell)
+        (rounds.helped(backend), slow.get(backend, 0), name not in DENSE, backend, dtype, cell)
         for name, part in plan.items()
         for dtype, cell in part
         if (dtype, cell) in rest
         for backend in rest[dtype, cell]
     ]
-    order.sort(key=lambda item: item[:2])
+    order.sort(key=lambda item: item[:3])
 
     def late(share):
         return args.budget is not None and time.monotonic() - start >= share * args.budget
 
-    left_out = []
-    with cells.progress(total=len(order), desc="set-up", unit="call") as bar:
-
-        def settle(sparse, slow, backend, dtype, cell):
-            bar.update()
-            if late(SETUP_END if not sparse and not slow else SETUP_SHARE):
-                left_out.append(backend)
-            else:
-                sessions[dtype].settle(backend, cell)
-
-        if clocks.timer.device == "cuda":
-            compiling = rounds.Precompiler([t for s in sessions.values() for t in s.to_compile()])
-            rest_of = [item for item in order if rounds.helped(item[2])]
-            for item in (item for item in order if not rounds.helped(item[2])):
-                if item[0] and compiling.done:
-                    rest_of.append(item)
-                else:
-                    settle(*item)
+    left_out, compiling = [], None
+    if clocks.timer.device == "cuda":
+        compiling = rounds.Precompiler([t for s in sessions.values() for t in s.to_compile()])
+    for helped, slow_one, _, backend, dtype, cell in cells.progress(
+        order, desc="set-up", unit="call"
+    ):
+        if helped and compiling is not None:
             tqdm.write(f"waiting for {len(compiling.tasks)} compilations in other processes")
             spare = math.inf
             if args.budget is not None:
                 spare = max(0.0, SETUP_SHARE * args.budget - (time.monotonic() - start))
-            hung = compiling.wait(seconds=spare)
+            hung, compiling = compiling.wait(seconds=spare), None
             for session in sessions.values():
                 session.refuse(hung)
-            order = sorted(rest_of, key=lambda item: item[:2])
-        for item in order:
-            settle(*item)
+        if late(SETUP_SHARE if slow_one else SETUP_END):
+            left_out.append(backend)
+        else:
+            sessions[dtype].settle(backend, cell)
     if left_out:
         names = ", ".join(map(records.label, dict.fromkeys(left_out)))
         print(f"--budget left no time to set up {len(left_out)} calls of {names}")
