@@ -340,7 +340,7 @@ def span(found):
     if low.start == high.start == EVERYWHERE:
         return f"at every length from {low.first} tokens"
     if low.start == high.start == NEVER:
-        return f"at no length to {high.last} tokens"
+        return f"at no length up to {high.last} tokens"
     if low.start == EVERYWHERE:
         return f"from {high.bound(high.start)} tokens on at the latest"
     if low.bound(low.start) == high.bound(high.start):
@@ -362,16 +362,18 @@ def against(sweep, rival):
         if not found:
             continue
         part = f"by {CLOCKS[metric]} "
-        if 0 < len(ahead) < len(never):
-            part += f"only {_names(ahead)} {span(ahead)}"
-        elif ahead and never:
-            part += f"{span(ahead)} ({_names(never)} at no length to {never[0].last})"
+        if not never:
+            part += f"all {span(found)}"
+        elif not ahead:
+            part += f"none up to {never[0].last} tokens"
+        elif len(ahead) < len(never):
+            part += f"only {_names(ahead)}, {span(ahead)}"
         else:
-            part += span(found)
+            part += f"all but {_names(never)} {span(ahead)}"
         parts.append(part)
     if not parts:
         return None
-    return f"The flash backends beat {records.label(rival)} {'; '.join(parts)}."
+    return f"Faster than {records.label(rival)}: {'; '.join(parts)}."
 
 
 def filling(found, rival="naive"):
@@ -410,7 +412,7 @@ def words(found):
         if s is None:
             continue
         if s is not first:
-            said.append("Forward and backward in one call:")
+            said.append("Forward and backward in one call.")
         said += [against(s, rival) for rival in RIVALS if rival in s.backends()]
         if (same := s.kernel()) in s.backends():
             said.append(f"SDPA ran the kernel of {records.label(same)} at every length.")
