@@ -42,12 +42,13 @@ TURN = 20  # steps that a run takes before the next one's turn
 WARM_UP = 40  # steps until the learning rate is reached
 HELD_OUT = 4  # batches to judge the trained model by
 DEFAULTS = {
-    "cuda": {"steps": 400, "batch": 16, "length": 1024, "layers": 4, "embed": 512, "heads": 4,
-             "dtype": "bfloat16", "lr": 1e-3},
+    "cuda": {"steps": 240, "batch": 32, "length": 1024, "layers": 4, "embed": 512, "heads": 4,
+             "dtype": "bfloat16", "lr": 1e-3, "seeds": 3},
     "cpu": {"steps": 200, "batch": 8, "length": 128, "layers": 2, "embed": 128, "heads": 4,
-            "dtype": "float32", "lr": 3e-3},
+            "dtype": "float32", "lr": 3e-3, "seeds": 1},
 }  # fmt: skip
 YARDSTICKS = ("sdpa-cudnn", "sdpa-flash", "sdpa-efficient", "sdpa-math")
+SLOW = ("naive", "naive-compiled", "sdpa-math")  # on a GPU: there they train from one seed only
 
 
 # The model
@@ -77,9 +78,9 @@ class LanguageModel(nn.Module):
 class Text:
     """The words of all steps, on the device before the first: nobody waits for them."""
 
-    def __init__(self, args):
+    def __init__(self, args, seed):
         batches = args.steps + HELD_OUT
-        text, self.entropy = stories.write(args.batch * batches, args.length + 1, args.seed)
+        text, self.entropy = stories.write(args.batch * batches, args.length + 1, seed)
         self.digest = hashlib.sha256(text).hexdigest()[:12]
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.tokens = tokens.view(batches, args.batch, args.length + 1).to(args.device)
@@ -93,11 +94,11 @@ class Text:
 class Run:
     """The training of one model with one backend, a turn at a time."""
 
-    def __init__(self, name, attention, args, text):
-        self.name, self.args, self.text = name, args, text
+    def __init__(self, name, attention, args, seed, text):
+        self.name, self.args, self.seed, self.text = name, args, seed, text
         self.status, self.reason = "ok", None
         self.step, self.rates = 0, []
-        torch.manual_seed(args.seed)  # on the CPU: the same weights whatever the device
+        torch.manual_seed(seed)  # on the CPU: the same weights whatever the device
         sizes = (len(stories.WORDS), args.length, args.embed, args.heads, args.layers)
         self.model = LanguageModel(*sizes, attention).to(args.device)
         self.optimizer = torch.optim.AdamW(
@@ -180,36 +181,45 @@ def what_ran(name, args):
     return None
 
 
-def verify(run, attention, verifier):
-    """Judge a backend's results and gradients, in the shape that it will train with."""
-    a = run.args
-    cell = grid.Cell("backward", a.embed // a.heads, True, a.length, a.batch, a.heads)
-    verifier.expect(cell)
-    judged = verifier.verdict(attention, cell)
+def verify(name, attention, args, verifier):
+    """Judge a backend's results and gradients, in the shape that it will train with.
+
+    Returns ("ok", None), or a status and the reason why it does not train.
+    """
+    cell = grid.Cell(
+        "backward", args.embed // args.heads, True, args.length, args.batch, args.heads
+    )
+    try:
+        verifier.expect(cell)
+        judged = verifier.verdict(attention, cell)
+    except Exception as e:
+        return rounds.failure(e)
+    reasons = "; ".join(judged.reasons)
     if not judged.over <= common.GROSS:
-        run.fail("wrong", f"at its check: {'; '.join(judged.reasons)}")
-    elif not judged.ok:
-        print(f"{records.label(run.name)} is over the error budget: {'; '.join(judged.reasons)}")
+        return "wrong", f"at its check: {reasons}"
+    if not judged.ok:
+        print(f"{records.label(name)} is over the error budget: {reasons}")
+    return "ok", None
 
 
 # Records
 
 
-def about(args, text):
+def about(args):
     """The fields that all records of a call share: machine, software, sizes."""
     return {"study": "train"} | common.environment(args.device) | {
         "effort": "full", "scope": "model", "direction": "both", "causal": True, "B": args.batch,
         "E": args.embed, "H": args.heads, "H_KV": args.heads, "N_Q": args.length,
         "N_K": args.length, "D": args.embed // args.heads, "dtype": args.dtype,
-        "layers": args.layers, "steps": args.steps, "lr": args.lr, "seed": args.seed,
-        "text": text.digest, "entropy": text.entropy,
+        "layers": args.layers, "steps": args.steps, "lr": args.lr,
     }  # fmt: skip
 
 
-def fields(name, shared):
+def fields(name, seed, text, shared):
     """A record's fields before anything is measured: they say what a run is."""
-    backend = None if name == OURS else name
-    return shared | {"backend": name, "source": common.source(backend, METHOD)}
+    source = common.source(None if name == OURS else name, METHOD)
+    own = {"seed": seed, "text": text.digest, "entropy": text.entropy}
+    return shared | own | {"backend": name, "source": source}
 
 
 def rows(run, base, stamp):
@@ -231,15 +241,22 @@ def rows(run, base, stamp):
 # The program
 
 
-def train(args, text, todo, store, shared):
-    """Train the backends `todo` in turns and record each."""
+def train(args, texts, todo, store, shared):
+    """Train `todo`, pairs (seed, backend), in turns and record each."""
     verifier = rounds.Verifier(common.DTYPES[args.dtype], args.device.type, args.seed)
     field, before = [], common.gpu_state(args.device)
     print("checking each backend against the fp64 reference, and compiling …", flush=True)
-    for name in todo:
-        attention = load(name)
-        run = Run(name, attention, args, text)
-        attempt(run, lambda r=run, a=attention: verify(r, a, verifier))
+    names = list(dict.fromkeys(name for _, name in todo))
+    attention = {name: load(name) for name in names}
+    verdicts = {}
+    for name in names:
+        verdicts[name] = verify(name, attention[name], args, verifier)
+        if verdicts[name][0] != "ok":
+            rounds.recover(args.device.type, f"{name}: {verdicts[name][1]}")
+    for seed, name in todo:
+        run = Run(name, attention[name], args, seed, texts[seed])
+        if verdicts[name][0] != "ok":
+            run.fail(*verdicts[name])
         field.append(run)
     bar = tqdm(
         total=args.steps * len(field), unit="step", disable=args.no_progress, dynamic_ncols=True,
@@ -252,15 +269,17 @@ def train(args, text, todo, store, shared):
                 first = run.step
                 attempt(run, run.turn)
                 seen = "" if run.status != "ok" else f" loss {run.losses[run.step - 1]:.3f}"
-                bar.set_description(f"{records.label(run.name)}{seen}", refresh=False)
+                text = f"{records.label(run.name)} seed {run.seed}{seen}"
+                bar.set_description(text, refresh=False)
                 bar.update(run.step - first)
     after = common.gpu_state(args.device)
     stamp = {"utc": common.utc(), "gpu_before": before, "gpu_after": after}
     for run in field:
-        base = fields(run.name, shared) | {"kernels": what_ran(run.name, args)}
-        store.append(rows(run, base, stamp))
+        base = fields(run.name, run.seed, run.text, shared)
+        store.append(rows(run, base | {"kernels": what_ran(run.name, args)}, stamp))
         if run.status != "ok":
-            print(f"{records.label(run.name)}: {run.status}: {run.reason}")
+            label = f"{records.label(run.name)}, seed {run.seed}"
+            print(f"{label}: {run.status}: {run.reason}")
 
 
 def attempt(run, action):
@@ -278,15 +297,17 @@ def attempt(run, action):
 def show(found, args):
     """The table, the answer in words, and the picture."""
     table = []
-    for name, run in found.runs.items():
-        own = [records.label(name), run.row["kernels"] or "", run.row["status"]]
-        if run.ok:
-            nearest, far = found.distances(name)
-            rate = "–" if run.rate is None else f"{run.rate['p50']:,.0f}"
-            own[2:] = [f"{run.row['value']:.4f}", f"{run.end:.4f}", rate]
-            own += ["–" if d is None else f"{d:.2g}" for d in (nearest, far)]
-        table.append(own)
-    head = ["", "kernels", "held-out loss", "last steps", "tokens/s", "nearest SDPA", "farthest"]
+    for seed, group in found.groups.items():
+        for name, run in group.runs.items():
+            own = [records.label(name), run.row["kernels"] or "", seed, run.row["status"]]
+            if run.ok:
+                rate = "–" if run.rate is None else f"{run.rate['p50']:,.0f}"
+                own[3:] = [f"{run.row['value']:.4f}", f"{run.end:.4f}", rate]
+                apart = group.to_others(name)
+                own += [f"{min(apart):.2g}", f"{max(apart):.2g}"] if apart else ["–", "–"]
+            table.append(own)
+    head = ["", "kernels", "seed", "held-out loss", "last steps", "tokens/s", "nearest SDPA",
+            "farthest"]  # fmt: skip
     print(f"\n{found.title()}")
     align = ["left"] * 2 + ["right"] * (len(head) - 2)
     print(tabulate(table, head, "simple", disable_numparse=True, colalign=align))
@@ -306,11 +327,13 @@ How it measures. Each backend is first checked against an fp64 reference, gradie
 very shape that it will train with. Then the models train in turns of 20 steps, in random order, so
 that clocks and power limits treat them alike: AdamW, weights in fp32, products and attention in
 --dtype under autocast. tokens/s are those of a turn, the host included; the first turn of each does
-not count. The held-out loss is that of stories which no step has seen.
+not count. The held-out loss is that of stories which no step has seen. On a GPU, attention that
+stores its scores is so slow that it trains from the first seed alone.
 
 How it judges. Curves are smoothed over 20 steps. The distance of two is the mean over the steps of
 their difference. A backend lies within the spread where its mean distance to the SDPA kernels is at
-most the largest distance between two of them; with only two of those, its smallest.
+most the largest distance between two of them; with only two of those, its smallest. Both are means
+over the seeds: what one curve alone does is chance, as the SDPA kernels' own curves show.
 
 How it resumes. Runs are recorded when they are done, and the same command trains only what is
 missing: add a backend, and it alone trains. An interrupted call begins its own runs again.
@@ -336,6 +359,9 @@ Exit codes: 0 done, 1 a backend failed or was wrong, or nothing ran, 2 bad argum
         help="of products and attention (default: bfloat16, without a GPU float32)")  # fmt: skip
     add("--lr", type=float, help="highest learning rate (default: 1e-3, without a GPU 3e-3)")
     add("--seed", type=int, default=0, help="of weights, text and order (default: 0)")
+    add("--seeds", type=common.positive, metavar="N",
+        help="train from so many seeds, --seed and the next (default: 3, without a GPU 1)",
+        )  # fmt: skip
     add("--out", type=Path, metavar="FILE",
         help="record file, JSON lines (default: results/train-DEVICE.jsonl)")  # fmt: skip
     add("--charts", type=Path, metavar="DIR", help="where charts go (default: beside the records)")
@@ -384,21 +410,26 @@ def main(argv=None):
         if not able:
             print("nothing to train")
             return 1
-        text = Text(args)
-        shared = about(args, text)
-        wanted = {pictures.key(fields(name, shared)) for name in able}
+        seeds = range(args.seed, args.seed + args.seeds)
+        texts, shared = {seed: Text(args, seed) for seed in seeds}, about(args)
+        plan = {
+            pictures.key(fields(name, seed, texts[seed], shared)): (seed, name)
+            for seed in seeds
+            for name in able
+            if seed == args.seed or name not in SLOW or args.device.type == "cpu"
+        }
 
         def mine():
-            return [r for r in store.rows if "curve" in r and pictures.key(r) in wanted]
+            return [r for r in store.rows if "curve" in r and pictures.key(r) in plan]
 
-        done = {r["backend"] for r in mine()}
-        todo = [name for name in able if name not in done]
-        print(f"{shared['device']}; {len(done)} of {len(able)} runs are in {args.out}")
+        done = {pictures.key(r) for r in mine()}
+        todo = [run for key, run in plan.items() if key not in done]
+        print(f"{shared['device']}; {len(done)} of {len(plan)} runs are in {args.out}")
         if todo:
-            stopped = cells.guarded(lambda: train(args, text, todo, store, shared))
+            stopped = cells.guarded(lambda: train(args, texts, todo, store, shared))
             if stopped is not None:
                 return stopped
-        kept = [r for r in store.rows if pictures.key(r) in wanted]
+        kept = [r for r in store.rows if pictures.key(r) in plan]
         show(pictures.Comparison(kept), args)
         return int(any(r["status"] != "ok" for r in mine()))
 

@@ -51,31 +51,16 @@ class Run:
         return self.smooth[-1]
 
 
-class Comparison:
-    """The newest runs of one model and text, and how far they are from one another."""
+class Group:
+    """The runs from one seed: the same first weights, the same words."""
 
-    def __init__(self, rows):
-        """Raises ValueError where there is no run among the rows."""
-        groups = {}
-        for row in rows:
-            if row.get("study") == "train":
-                what = tuple(row.get(k) for k in SHARED + SETUP)
-                groups.setdefault(what, {}).setdefault(row["backend"], {})[row["metric"]] = row
-        groups = [
-            {name: found for name, found in group.items() if "loss" in found}
-            for group in groups.values()
-        ]
-        groups = [group for group in groups if group]
-        if not groups:
-            raise ValueError("no complete run of bench/train.py")
-        newest = max(groups, key=lambda g: max(m["loss"].get("utc") or "" for m in g.values()))
-        self.rows = [row for metrics in newest.values() for row in metrics.values()]
+    def __init__(self, found):
+        """found: {backend: {metric: row}}."""
         order = [OURS, *records.table()]
         self.runs = {
-            name: Run(newest[name]["loss"], newest[name].get("tokens_per_s"))
-            for name in sorted(newest, key=lambda n: order.index(n) if n in order else len(order))
+            name: Run(found[name]["loss"], found[name].get("tokens_per_s"))
+            for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))
         }
-        self.row = max((r.row for r in self.runs.values()), key=lambda r: r.get("utc") or "")
         ok = [name for name, run in self.runs.items() if run.ok]
         order = ["sdpa-cudnn", "sdpa-flash"]  # differences are to the first that ran
         self.yardsticks = sorted(
@@ -89,61 +74,103 @@ class Comparison:
         pairs = zip(self.runs[a].smooth, self.runs[b].smooth, strict=True)
         return fmean(abs(x - y) for x, y in pairs)
 
-    def distances(self, name):
-        """(smallest, largest) distance to the other SDPA kernels; None where there is none."""
-        found = [self.distance(name, other) for other in self.yardsticks if other != name]
-        return (min(found), max(found)) if found else (None, None)
+    def to_others(self, name):
+        """Distances of a backend to the SDPA kernels, itself left out."""
+        return [self.distance(name, other) for other in self.yardsticks if other != name]
 
-    def spread(self):
-        """(smallest, largest) distance between two SDPA kernels; None of fewer than two."""
-        pairs = itertools.combinations(self.yardsticks, 2)
-        found = [self.distance(a, b) for a, b in pairs]
-        return (min(found), max(found)) if found else (None, None)
+    def apart(self):
+        """Distances of two SDPA kernels, of every pair."""
+        return [self.distance(a, b) for a, b in itertools.combinations(self.yardsticks, 2)]
 
-    def within(self, name):
-        """Whether a backend is as near to the SDPA kernels as these to one another, or None.
+    def own(self, name):
+        """A backend's mean distance to the SDPA kernels; of two of them the smaller one.
 
-        Its mean distance to them against their largest. A pair has but one distance, which two
-        others would exceed on average: there the smallest counts.
+        Of three curves alike, the mean of two distances exceeds the third as often as not.
         """
-        if len(self.yardsticks) < 2:
-            return None
-        found = [self.distance(name, other) for other in self.yardsticks]
-        own = min(found) if len(found) == 2 else fmean(found)
-        return own <= self.spread()[1]
+        found = self.to_others(name)
+        return min(found) if len(found) == 2 else fmean(found)
 
     def band(self):
         """At every step, the largest difference between two SDPA kernels."""
         curves = [self.runs[name].smooth for name in self.yardsticks]
         return [max(at) - min(at) for at in zip(*curves, strict=True)]
 
+
+class Comparison:
+    """The newest runs of one model, from one seed or several, and how far they lie apart."""
+
+    def __init__(self, rows):
+        """Raises ValueError where there is no run among the rows."""
+        models = {}
+        for row in rows:
+            if row.get("study") == "train":
+                what = tuple(row.get(k) for k in SHARED + SETUP if k not in ("seed", "text"))
+                seed = models.setdefault(what, {}).setdefault(row["seed"], {})
+                seed.setdefault(row["backend"], {})[row["metric"]] = row
+        models = [
+            {
+                seed: complete
+                for seed, found in seeds.items()
+                if (complete := {name: m for name, m in found.items() if "loss" in m})
+            }
+            for seeds in models.values()
+        ]
+
+        def when(seeds):
+            return max(m["loss"].get("utc") or "" for f in seeds.values() for m in f.values())
+
+        if not any(models):
+            raise ValueError("no complete run of bench/train.py")
+        newest = max(filter(None, models), key=when)
+        self.rows = [r for f in newest.values() for m in f.values() for r in m.values()]
+        self.row = max(self.rows, key=lambda r: r.get("utc") or "")
+        self.groups = {seed: Group(newest[seed]) for seed in sorted(newest)}
+        self.first = next(iter(self.groups.values()))
+
+    def measured(self, name):
+        """The groups that can tell how far a backend is from the SDPA kernels and they apart."""
+        return [g for g in self.groups.values() if name in g.judged and len(g.yardsticks) > 1]
+
+    def own(self, name):
+        """Group.own, mean over the seeds; None where nothing can tell."""
+        found = [g.own(name) for g in self.measured(name)]
+        return fmean(found) if found else None
+
+    def spread(self, name):
+        """The largest distance between two SDPA kernels, mean over the same seeds."""
+        found = [max(g.apart()) for g in self.measured(name)]
+        return fmean(found) if found else None
+
+    def within(self, name):
+        """Whether a backend is as near to the SDPA kernels as they to one another, or None."""
+        return None if self.own(name) is None else self.own(name) <= self.spread(name)
+
     def words(self):
         """Sentences: is any backend's curve another than the SDPA kernels'?"""
-        least, most = self.spread()
-        if most is None:
-            yield "Fewer than two SDPA kernels ran: there is no spread to compare with."
+        names = list(dict.fromkeys(n for g in self.groups.values() for n in g.judged))
+        told = [name for name in names if self.measured(name)]
+        if not told:
+            yield "Fewer than two SDPA kernels ran beside another: there is no spread to judge by."
             return
-        between = f"{least:.2g} to {most:.2g}" if len(self.yardsticks) > 2 else f"{most:.2g}"
-        yield (
-            f"Two SDPA kernels are {between} nats from each other, on average over"
-            f" {self.row['steps']} steps."
-        )
-        for name in self.judged:
-            found = [self.distance(name, other) for other in self.yardsticks]
+        for name in told:
+            groups = self.measured(name)
             inside = "within" if self.within(name) else "outside"
-            ends = [self.runs[other].row["value"] for other in self.yardsticks]
-            yield (
-                f"{records.label(name)} is {min(found):.2g} to {max(found):.2g} from them, on"
-                f" average {fmean(found):.2g}: {inside} their spread. Held-out loss"
-                f" {self.runs[name].row['value']:.4f}, theirs {min(ends):.4f} to {max(ends):.4f};"
-                f" the text's entropy is {self.row['entropy']:.4f}."
-            )
+            seeds = "" if len(groups) == 1 else f", mean over {len(groups)} seeds"
+            text = f"{records.label(name)} is {self.own(name):.2g} nats from the SDPA kernels,"
+            text += f" {inside} their spread: two of them are up to {self.spread(name):.2g} from"
+            text += f" each other (mean over {self.row['steps']} steps{seeds})."
+            ends = [[g.runs[n].row["value"] for n in g.yardsticks] for g in groups]
+            mine = fmean(g.runs[name].row["value"] for g in groups)
+            text += f" Held-out loss {mine:.4f}, theirs {fmean(map(min, ends)):.4f} to"
+            text += f" {fmean(map(max, ends)):.4f}; the text's entropy is"
+            yield text + f" {fmean(g.runs[name].row['entropy'] for g in groups):.4f}."
 
     def title(self):
         r = self.row
         return (
             f"{r['layers']} blocks of {r['H']} heads of {r['D']}, {r['dtype']}, batch {r['B']},"
-            f" {r['N_Q']} words, {r['steps']} steps, seed {r['seed']}"
+            f" {r['N_Q']} words, {r['steps']} steps,"
+            f" seed{'s' * (len(self.groups) > 1)} {', '.join(map(str, self.groups))}"
         )
 
     def provenance(self):
@@ -155,11 +182,12 @@ class Comparison:
     def digest(self):
         """Fingerprint of every number that is shown, the same before and after trimming."""
         parts = []
-        for name, run in sorted(self.runs.items()):
-            numbers = [*run.row["curve"], run.row["value"]] if run.ok else []
-            numbers += [run.rate["p50"]] if run.rate else []
-            text = " ".join(f"{x:.6g}" for x in numbers)
-            parts.append(f"{name} {run.row['status']} {text}")
+        for seed, group in self.groups.items():
+            for name, run in sorted(group.runs.items()):
+                numbers = [*run.row["curve"], run.row["value"]] if run.ok else []
+                numbers += [run.rate["p50"]] if run.rate else []
+                text = " ".join(f"{x:.6g}" for x in numbers)
+                parts.append(f"{seed} {name} {run.row['status']} {text}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -169,59 +197,61 @@ def look(name):
 
 def chart(found):
     """The figure, or None where no run came to its end."""
-    names = [*found.yardsticks, *found.judged]  # the judged on top
+    one = found.first
+    names = [*one.yardsticks, *one.judged]  # the judged on top
     if not names:
         return None
     fig, top, _ = style.axes()
     left, width = 0.13, 0.84
     top.set_position([left, 0.53, width, 0.37])
     low = fig.add_axes([left, 0.13, width, 0.3], sharex=top)
-    first = found.row["steps"] - len(found.runs[names[0]].smooth)
-    steps = [first + i + 1 for i in range(len(found.runs[names[0]].smooth))]
+    first = found.row["steps"] - len(one.runs[names[0]].smooth)
+    steps = [first + i + 1 for i in range(len(one.runs[names[0]].smooth))]
     every = max(1, len(steps) // 8)
 
     def draw(ax, name, values, i):
         line = look(name).line() | {"markevery": (every * i // len(names), every)}
-        if name in found.judged:
+        if name in one.judged:
             line |= {"linewidth": 2.6, "zorder": 3}
         label = records.label(name)
-        if ax is top and found.runs[name].rate is not None:
-            rate = float(f"{found.runs[name].rate['p50']:.3g}")
+        if ax is top and one.runs[name].rate is not None:
+            rate = float(f"{one.runs[name].rate['p50']:.3g}")
             label += f", {style.plain(rate)} tokens/s"
         ax.plot(steps, values, label=label, **line)
 
     for i, name in enumerate(names):
-        draw(top, name, found.runs[name].smooth, i)
-    entropy = found.row["entropy"]
+        draw(top, name, one.runs[name].smooth, i)
+    entropy = one.runs[names[0]].row["entropy"]
     top.axhline(entropy, color=style.GREY, linewidth=1.2, linestyle=":")
     top.annotate(
         "entropy of the text", (steps[0], entropy), xytext=(4, 4), textcoords="offset points",
         fontsize=10, color=style.GREY,
     )  # fmt: skip
     top.set_ylabel("loss, nats a word")
-    curves = [found.runs[name].smooth for name in names]
+    curves = [one.runs[name].smooth for name in names]
     settled = [v for curve in curves for v in curve[len(curve) // 20 :]]
     top.set_ylim(entropy - 0.1, max(settled) * 1.03)
     top.tick_params(labelbottom=False)
 
-    notes = [f"Curves are running means over {SMOOTH} steps. {' '.join(found.words())}"]
-    if found.yardsticks:
-        base = found.yardsticks[0]
-        if len(found.yardsticks) > 1:
-            band = found.band()
+    drawn = "" if len(found.groups) == 1 else f" of seed {next(iter(found.groups))}"
+    notes = [f"Curves{drawn} are running means over {SMOOTH} steps. {' '.join(found.words())}"]
+    if one.yardsticks:
+        base = one.yardsticks[0]
+        if len(one.yardsticks) > 1:
+            band = one.band()
             low.fill_between(
                 steps, [-b for b in band], band, color="#BBBBBB", linewidth=0, alpha=0.6,
             )  # fmt: skip
-        zero = found.runs[base].smooth
+        zero = one.runs[base].smooth
         for i, name in enumerate(names):
-            values = found.runs[name].smooth
+            values = one.runs[name].smooth
             draw(low, name, [a - b for a, b in zip(values, zero, strict=True)], i)
         low.set_ylabel("difference")
         what = f"minus {records.label(base)}; grey: two SDPA kernels differ by up to this"
         low.set_title(what, fontsize=10.5, fontweight="normal", pad=4)
     low.set_xlabel("step")
     handles, _ = top.get_legend_handles_labels()
-    ours_first = [*handles[len(found.yardsticks) :], *handles[: len(found.yardsticks)]]
+    ours_first = [*handles[len(one.yardsticks) :], *handles[: len(one.yardsticks)]]
     style.finish(
         fig, top, "Training a language model: does the attention kernel show?",
         f"{found.title()}. {found.provenance()}", notes, columns=2, handles=ours_first,
