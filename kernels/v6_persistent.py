@@ -12,15 +12,24 @@ works through many tiles:
 
 The producer does not wait for an end: while the consumers store O, the next Q and the first K and V
 are on their way, Q into a second buffer (Q_STAGES; at D=256 there is no room for one). The two
-consumers reach their ends at different moments, so the tensor cores have work meanwhile.
+consumers reach their ends at different moments, so the tensor cores have work meanwhile. And an end
+is kept short:
+
+- Which tile comes next, and which keys it visits, takes a chain of integer divisions. The producer,
+  who has the time, does them and leaves a note in shared memory for the consumers.
+- The sums of the rows are added up, and lse is stored, while the last P V runs.
+- O goes out of the buffer of Q, where TMA reads it in its own time. The consumer looks whether it
+  has when the first QKᵀ of the next tile runs, and only then gives the buffer back.
+
+At N = 512, D=128, these three are worth 5 % (full) and 4 % (causal). Issuing the last P V together
+with the next tile's first QKᵀ won 3 % at N = 16384, causal, and lost 6 % at N = 512.
 
 **Who gets which tile.** Without causal all tiles cost the same, and they are dealt: 132 in a turn,
 back and forth. With it the longest costs N_K / BLOCK_N times the shortest. With few tiles a head,
 the turn back gives the short ones to who has had the long ones; with many, any fixed deal leaves
 some multiprocessors idle. So programs draw: a counter in device memory, one atomic addition a tile.
 (The counter must be zeroed, a launch of its own: too dear where a deal will do.) The producer
-draws, when it has asked for all loads of its current tile, and leaves the number in shared memory
-for the consumers.
+draws, when it has asked for all loads of its current tile.
 
 **In which order.** Long tiles first, so that the last to be drawn are short and all programs end at
 about the same time: the rule of longest processing time first. But K and V should stay in L2, and a
@@ -50,9 +59,10 @@ Protocol, beside what `v4_warp_specialized` explains of rings and phases:
   of a program; it is never set back, or the phases would go wrong.
 - A consumer arrives on `empty` of a stage once a use; the producer waits once for each use after
   the first. The last arrivals are never waited for: the program ends with them.
-- The sentinel, a tile number past the end, is published like a tile: consumers and producer stop at
-  the same turn.
-- O is staged in the consumer's own Q: overwritten after its last QKᵀ, given back when TMA has read.
+- The end is noted like a tile, one without keys: consumers and producer stop at the same turn.
+- O is staged in the consumer's own Q: overwritten after its last QKᵀ, given back when TMA has read,
+  in the next tile at the latest; so the producer is never two tiles of queries ahead. The program
+  ends when TMA has read the last one.
 - Only consumers of one program take turns. All make the tile's number of steps.
 
 Limits and maths as in `v5_pingpong`.
@@ -65,8 +75,8 @@ had 702 at the start and 745 at the end:
     full      510 / 548  (453 / 474)    662 / 672  (620 / 651)    675 / 711  (652 / 694)
     causal    395 / 533  (391 / 455)    572 / 705  (499 / 586)    588 / 732  (532 / 610)
 
-`v5_pingpong` had 607 / 658 and, causal, 504 / 656 at D=128. At N = 512, D=128, full: 515 (cuDNN
-519, `v5_pingpong` 427). Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (1432
+`v5_pingpong` had 607 / 658 and, causal, 504 / 656 at D=128. At N = 512: D=128 full 549 (cuDNN 523),
+causal 351 (337); D=64 full 400 (389), causal 256 (260). Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (1432
 without the split, cuDNN 138); 16 queries over 32,768 keys, batch 4, 142 µs (cuDNN 389).
 """
 
@@ -108,19 +118,20 @@ class Config(NamedTuple):
     head_dim: int  # of the tile: the tensor's, or more, filled with zeros
     block_n: int  # keys a tile
     consumers: int  # warpgroups of ROWS queries
+    stages: int  # buffers of K, and of V
     q_stages: int  # buffers of Q
     pingpong: bool  # the consumers take turns
     registers: tuple[int, int]  # a thread: consumer, producer
 
 
-# By head dim of the tile. K and V have two buffers each, and with those of Q fill up to 227 KiB;
-# registers add up to 65,536 for all threads.
+# By head dim of the tile. The buffers fill up to 227 KiB; registers add up to 65,536 for all
+# threads.
 CONFIGS = {
-    64: Config(64, 128, 2, 2, True, (240, 24)),
-    128: Config(128, 128, 2, 2, True, (240, 24)),
-    256: Config(256, 64, 2, 1, False, (240, 24)),
+    64: Config(64, 128, 2, 2, 2, True, (240, 24)),
+    128: Config(128, 128, 2, 2, 2, True, (240, 24)),
+    256: Config(256, 64, 2, 2, 1, False, (240, 24)),
 }
-LONG_64 = Config(64, 128, 3, 2, True, (160, 32))
+LONG_64 = Config(64, 128, 3, 2, 2, True, (160, 32))
 LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers are ahead
 
 
@@ -209,7 +220,7 @@ class Work:
     q_bufs: gl.shared_memory_descriptor  # [Q_STAGES · CONSUMERS, 1, 1, ROWS / PACK, PACK, HEAD_DIM]
     k_bufs: gl.shared_memory_descriptor  # [STAGES, 1, 1, BLOCK_N, HEAD_DIM]
     v_bufs: gl.shared_memory_descriptor  # likewise
-    tile_bufs: gl.shared_memory_descriptor  # [2, 1]: tile numbers
+    tile_bufs: gl.shared_memory_descriptor  # [2 · 6, 1]: what `_post` says of two tiles
     q_ready: gl.shared_memory_descriptor  # barriers, one a buffer
     q_empty: gl.shared_memory_descriptor
     k_ready: gl.shared_memory_descriptor
@@ -325,6 +336,35 @@ def _v_empty(stage):
 
 
 @gluon.jit
+def _post(w, turn, n_tiles, n_masked, b_o, h, start_m, start_n):
+    """Leave for the consumers what they need to know of the tile of this turn."""
+    FIELDS: gl.constexpr = w.tile_bufs.shape[0] // 2
+    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    note = (n_tiles, n_masked, b_o, h, start_m, start_n)
+    for n in gl.static_range(FIELDS):
+        field = w.tile_bufs.index(turn % 2 * FIELDS + n)
+        field.store(gl.full([1], note[n], gl.int32, scalar))
+    mbarrier.arrive(w.tile_ready.index(turn % 2), count=1)
+
+
+@gluon.jit
+def _field(w, turn, n):
+    FIELDS: gl.constexpr = w.tile_bufs.shape[0] // 2
+    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return _uniform(gl.max(w.tile_bufs.index(turn % 2 * FIELDS + n).load(scalar), 0))
+
+
+@gluon.jit
+def _next(w, turn):
+    """What `_post` has left."""
+    mbarrier.wait(w.tile_ready.index(turn % 2), turn // 2 & 1)
+    n_tiles, n_masked, b_o = _field(w, turn, 0), _field(w, turn, 1), _field(w, turn, 2)
+    h, start_m, start_n = _field(w, turn, 3), _field(w, turn, 4), _field(w, turn, 5)
+    mbarrier.arrive(w.tile_empty.index(turn % 2), count=1)
+    return n_tiles, n_masked, b_o, h, start_m, start_n
+
+
+@gluon.jit
 def _producer(w):
     STAGES: gl.constexpr = w.k_bufs.shape[0]
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
@@ -332,20 +372,19 @@ def _producer(w):
     ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
     Q_STAGES: gl.constexpr = w.q_bufs.shape[0] // w.CONSUMERS
     THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
-    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
 
     tile = gl.program_id(0)
     turn = 0
     i = 0
     while tile >= 0:
         mbarrier.wait(w.tile_empty.index(turn % 2), turn // 2 & 1 ^ 1)
-        w.tile_bufs.index(turn % 2).store(gl.full([1], tile, gl.int32, scalar))
-        mbarrier.arrive(w.tile_ready.index(turn % 2), count=1)
-
-        if tile >= w.tiles:  # the sentinel, and the consumers know
+        if tile >= w.tiles:  # no tile: it has none of keys
+            _post(w, turn, 0, 0, 0, 0, 0, 0)
             tile = -1
         else:
-            _, b, h, start_m, last, n_tiles, _ = _tile(w, tile)
+            share, b, h, start_m, last, n_tiles, n_masked = _tile(w, tile)
+            # o_desc and lse hold the shares of all batches one after the other.
+            _post(w, turn, n_tiles, n_masked, share * w.B + b, h, start_m, last * BLOCK_N)
             q_stage = turn % Q_STAGES * w.CONSUMERS
             for c in gl.static_range(w.CONSUMERS):
                 q_ready = w.q_ready.index(q_stage + c)
@@ -487,13 +526,13 @@ def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MA
 
 
 @gluon.jit
-def _next_tile(w, turn):
-    """The tile of this turn, from the producer."""
-    scalar: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    mbarrier.wait(w.tile_ready.index(turn % 2), turn // 2 & 1)
-    tile = _uniform(gl.max(w.tile_bufs.index(turn % 2).load(scalar), 0))
-    mbarrier.arrive(w.tile_empty.index(turn % 2), count=1)
-    return tile
+def _store_lse(w, m_i, l_sum, b_o, h, start_m):
+    PACK: gl.constexpr = w.q_bufs.shape[4]
+    lse = (m_i * w.scale_log2 + gl.log2(l_sum)) * 0.6931471805599453  # ln 2: the natural one
+    offs_r = _here(start_m) + gl.arange(0, m_i.shape[0], layout=m_i.type.layout)
+    offs_m, offs_h = offs_r // PACK, offs_r % PACK
+    offs = ((b_o * w.H + h).to(gl.int64) * PACK + offs_h) * _here(w.N_Q) + offs_m
+    gl.store(w.lse_ptr + offs, lse, mask=offs_m < w.N_Q)
 
 
 @gluon.jit
@@ -514,17 +553,16 @@ def _consumer(w, WHICH: gl.constexpr):
 
     turn = 0
     i = 0
-    tile = _next_tile(w, turn)
-    while tile < w.tiles:
-        share, b, h, start_m, last, n_tiles, n_masked = _tile(w, tile)
+    n_tiles, n_masked, b_o, h, start_m, start_n = _next(w, turn)
+    while n_tiles > 0:
         start_m += WHICH * ROWS
         # Keys that a row sees, from the first of the rightmost tile on. Causal: query i sees those
         # up to i + N_K - N_Q. (Rows past N_Q may see past N_K: zeros, and nobody reads them.)
         if w.CAUSAL:
-            first = _here(start_m // PACK + w.diagonal - last * BLOCK_N)
+            first = _here(start_m // PACK + w.diagonal - start_n)
             visible = gl.arange(0, ROWS, layout=rows) // PACK + first
         else:
-            visible = gl.full([ROWS], w.N_K - last * BLOCK_N, gl.int32, rows)
+            visible = gl.full([ROWS], w.N_K - start_n, gl.int32, rows)
 
         # The rightmost tile has no P V of a tile before it.
         q_stage = turn % Q_STAGES * w.CONSUMERS + WHICH
@@ -533,6 +571,10 @@ def _consumer(w, WHICH: gl.constexpr):
         mbarrier.wait(w.k_ready.index(i % STAGES), i // STAGES & 1)
         k_smem = w.k_bufs.index(i % STAGES).reshape([BLOCK_N, HEAD_DIM])
         s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if Q_STAGES > 1 and turn > 0:  # by now TMA has read the O of the tile before
+            before = (turn - 1) % Q_STAGES * w.CONSUMERS + WHICH
+            tma_store_wait(0)
+            mbarrier.arrive(w.q_empty.index(before), count=1)
         s = warpgroup_mma_wait(0, [s])
         barrier_arrive(_k_empty(i % STAGES), THREADS)
         if n_masked > 0:
@@ -559,33 +601,29 @@ def _consumer(w, WHICH: gl.constexpr):
             )
             i += 1
 
-        # P V of the leftmost tile.
+        # P V of the leftmost tile, and meanwhile what does not need it.
         stage = (i - 1) % STAGES
         mbarrier.wait(w.v_ready.index(stage), (i - 1) // STAGES & 1)
         v_smem = w.v_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
         acc = warpgroup_mma(p, v_smem, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc, p])[0]
-        barrier_arrive(_v_empty(stage), THREADS)
-
         # Rows that saw no key have l = 0 and m = -inf: they give 0, and lse -inf.
         l_sum = gl.convert_layout(gl.sum(l_i, 1), rows)
         inverse = gl.where(l_sum == 0.0, 0.0, 1.0 / l_sum)
+        _store_lse(w, m_i, l_sum, b_o, h, start_m)
+        acc = warpgroup_mma_wait(0, [acc, p])[0]
+        barrier_arrive(_v_empty(stage), THREADS)
+
         o = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
         q_smem.store(o.to(w.o_desc.dtype))
         fence_async_shared()  # written by threads, read by TMA: another path to the same memory
-        b += share * w.B  # o_desc and lse hold the shares of all batches one after the other
-        tma_store(w.o_desc, [b, h, start_m // PACK, 0, 0], w.q_bufs.index(q_stage))
-
-        lse = (m_i * w.scale_log2 + gl.log2(l_sum)) * 0.6931471805599453  # ln 2: the natural one
-        offs_r = _here(start_m) + gl.arange(0, ROWS, layout=rows)
-        offs_m, offs_h = offs_r // PACK, offs_r % PACK
-        offs = ((b * w.H + h).to(gl.int64) * PACK + offs_h) * _here(w.N_Q) + offs_m
-        gl.store(w.lse_ptr + offs, lse, mask=offs_m < w.N_Q)
-        tma_store_wait(0)
-        mbarrier.arrive(w.q_empty.index(q_stage), count=1)
+        tma_store(w.o_desc, [b_o, h, start_m // PACK, 0, 0], w.q_bufs.index(q_stage))
+        if Q_STAGES == 1:  # the next Q comes to where O is
+            tma_store_wait(0)
+            mbarrier.arrive(w.q_empty.index(q_stage), count=1)
         turn += 1
-        tile = _next_tile(w, turn)
+        n_tiles, n_masked, b_o, h, start_m, start_n = _next(w, turn)
 
+    tma_store_wait(0)
     if w.PINGPONG and WHICH == 0:
         _take_turn(0)
 
@@ -595,12 +633,14 @@ def _forward_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, scale_log2,
     H, GROUP, N_Q, N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
     share_tiles, section_tiles,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CAUSAL: gl.constexpr,
-    DRAW: gl.constexpr, PINGPONG: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
+    CONFIG: gl.constexpr, CAUSAL: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    Q_BUFS: gl.constexpr = Q_STAGES * CONSUMERS
+    CONSUMERS: gl.constexpr = CONFIG.consumers
+    STAGES: gl.constexpr = CONFIG.stages
+    Q_BUFS: gl.constexpr = CONFIG.q_stages * CONSUMERS
+    CONSUMER_REGISTERS: gl.constexpr = CONFIG.registers[0]
+    PRODUCER_REGISTERS: gl.constexpr = CONFIG.registers[1]
     QUERIES: gl.constexpr = q_desc.block_shape[2]
     PACK: gl.constexpr = q_desc.block_shape[3]
     BLOCK_N: gl.constexpr = k_desc.block_shape[2]
@@ -610,7 +650,7 @@ def _forward_kernel(
     q_bufs = gl.allocate_shared_memory(dtype, q_shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, k_shape, k_desc.layout)
     v_bufs = gl.allocate_shared_memory(dtype, k_shape, v_desc.layout)
-    tile_bufs = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tile_bufs = gl.allocate_shared_memory(gl.int32, [12, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_BUFS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFS, 1], mbarrier.MBarrierLayout())
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -631,7 +671,7 @@ def _forward_kernel(
         q_desc, k_desc, v_desc, o_desc, lse_ptr, drawn_ptr, q_bufs, k_bufs, v_bufs, tile_bufs,
         q_ready, q_empty, k_ready, v_ready, tile_ready, tile_empty, scale_log2, H, GROUP, N_Q,
         N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
-        share_tiles, section_tiles, CONSUMERS, CAUSAL, DRAW, PINGPONG,
+        share_tiles, section_tiles, CONSUMERS, CAUSAL, DRAW, CONFIG.pingpong,
     )  # fmt: skip
     # The first partition runs on the kernel's own warps and gets the registers that the others
     # leave, as many as they: the table's numbers add up to 65,536 a multiprocessor.
@@ -710,7 +750,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
         _gluon.descriptor(o_parts, o_shape, (o_b, o_h * pack, o_n, o_h, 1), q_tile),
         lse_parts, drawn, scale * _host.LOG2E, *sizes,
-        c.consumers, 2, c.q_stages, causal, draw, c.pingpong, *c.registers,
+        c, causal, draw,
     )  # fmt: skip
     if shares > 1:
         _host.launch(
