@@ -147,7 +147,7 @@ def sentences(sweep):
             if same[0].expected > same[0].floor:
                 own = "that and its fp32 sums of dQ"
             yield (
-                f"{_names(same)} add{'s' * (len(same) == 1)} {answers.size(same[0].mib)} at"
+                f"{_names(same)} add{'s' * (len(same) == 1)} {_sizes(same)} at"
                 f" {same[0].longest:,} tokens, within {worst:.1%} of {own}: {per_token:,} bytes a"
                 f" token."
             )
@@ -180,6 +180,11 @@ def sentences(sweep):
 
 def _became(status):
     return {"ok": "ran", "oom": "ran out of memory"}.get(status, status)
+
+
+def _sizes(lines):
+    low, high = (answers.size(f(x.mib for x in lines)) for f in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _names(lines):

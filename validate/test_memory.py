@@ -20,7 +20,7 @@ class FakeGpu:
     """A GPU of some free bytes in which calls take what is expected of them, and a little more."""
 
     def __init__(self, free=4 * GIB, extra=1.0, kept=0):
-        self.free, self.extra, self.kept = free, extra, kept
+        self.free, self.extra, self.kept, self.held = free, extra, kept, 0
         self.seen = []  # cells measured, and whether each was called once before
 
     def measured(self, cell, device, before=False):
@@ -32,7 +32,7 @@ class FakeGpu:
             result.fail("oom", "OutOfMemoryError: CUDA out of memory")
             return result, None
         result.bytes = {"peak_delta_mib": need, "peak_abs_mib": need + held}
-        self.free -= self.kept
+        self.held += self.kept
         return result, 0.25
 
 
@@ -63,7 +63,7 @@ def gpu(monkeypatch):
     def put(**kinds):
         fake = FakeGpu(**kinds)
         monkeypatch.setattr(memory, "measured", fake.measured)
-        monkeypatch.setattr(memory, "free_now", lambda device: fake.free)
+        monkeypatch.setattr(memory, "free_now", lambda device: (fake.free, fake.held))
         monkeypatch.setattr(seqlen, "reason_not", lambda *_: None)
         return fake
 
@@ -92,6 +92,9 @@ def test_expected_bytes_by_hand():
     assert memory.expected_bytes(CELL) == 2 * scores + tensor  # S, P, o
     flash = CELL._replace(backend="v1_flash")
     assert memory.expected_bytes(flash) == tensor + row  # o, lse
+    # P, dP, dS and P ∘ dP, which torch's softmax makes, o, and the one that a gradient needs
+    more = memory.expected_bytes(CELL._replace(direction="backward"))
+    assert more == pytest.approx(4 * scores, rel=0.05)
     both = flash._replace(direction="backward")
     assert memory.expected_bytes(both) == tensor + 2 * row + 3 * tensor  # o, lse, delta, dq dk dv
 
@@ -170,7 +173,7 @@ def measured(cell, device, before=False):
     if cell.N == {hangs}:
         import time; time.sleep(60)
     return result, 0.5
-memory.measured, memory.free_now = measured, lambda device: 4 * 2**30
+memory.measured, memory.free_now = measured, lambda device: (4 * 2**30, 0)
 sys.exit(memory.main(["--serve"]))
 """
 
