@@ -76,8 +76,9 @@ had 702 at the start and 745 at the end:
     causal    395 / 533  (391 / 455)    572 / 705  (499 / 586)    588 / 732  (532 / 610)
 
 `v5_pingpong` had 607 / 658 and, causal, 504 / 656 at D=128. At N = 512: D=128 full 549 (cuDNN 523),
-causal 351 (337); D=64 full 400 (389), causal 256 (260). Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (1432
-without the split, cuDNN 138); 16 queries over 32,768 keys, batch 4, 142 µs (cuDNN 389).
+causal 351 (337); D=64 full 400 (389), causal 256 (260). Decoding, D=128, 32 heads over 8: one query
+over 131,072 keys 142 µs (1432 without the split, cuDNN 138); 16 queries over 32,768 keys, batch 4,
+142 µs (cuDNN 389).
 """
 
 import functools
