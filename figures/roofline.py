@@ -26,6 +26,7 @@ from flashstudy.figures import answers, records, style
 TILE = 128  # queries and keys of a tile, as counted
 BINDS = 0.5  # share of the time from which a unit is called the limit
 HEAVY = 2.0  # times as long as the products that moving bytes takes where memory binds naive
+SLOW = 0.6  # of a copy's rate, below which a kernel that only moves bytes is called slow
 CACHED = 0.5  # scores fit in L2 as long as less than this share of the counted bytes leaves it
 RESOURCES = {
     "products": ("flops", "matmul", "matrix products"),
@@ -67,6 +68,7 @@ class Call(NamedTuple):
     dram: float | None
     l2: float | None
     issued: float | None  # instructions of the unit that does exponentials, a thread each
+    tensor: float | None  # share of the cycles in which the matrix units worked
     graph_us: float | None
     host_us: float | None
     kernels: tuple
@@ -105,7 +107,8 @@ def call_of(sweep, backend, n):
     kernels = ()
     rows = [sweep.at(backend, n, m) for m in ("ncu_ms", "dram_read_bytes", "dram_write_bytes")]
     if all(rows):
-        names = stages([name for name, _ in rows[0]["kernels"]])
+        names = [name for name, _ in rows[0]["kernels"]]
+        names = stages(names) if row["scores_bytes"] else names
         times, reads, writes = ([v for _, v in r["kernels"]] for r in rows)
         kernels = tuple(
             (what, ms / 1e3, r + w)
@@ -115,7 +118,8 @@ def call_of(sweep, backend, n):
         backend, n, row["B"], row["H"], row["D"], row["causal"], row["p50"] / 1e3,
         row["counted_flops"], row["counted_exps"], row["counted_bytes"], row["scores_bytes"],
         None if read is None or written is None else read + written, value("l2_bytes"),
-        value("xu_threads"), value("graph_ms", 1e3), value("host_ms", 1e3), kernels,
+        value("xu_threads"), value("tensor_share", 0.01), value("graph_ms", 1e3),
+        value("host_ms", 1e3), kernels,
     )  # fmt: skip
 
 
@@ -326,6 +330,13 @@ def why_memory(study):
             for what, seconds, moved in last.kernels
         ]
         text += f" By kernel: {joined(parts)}."
+        what, seconds, moved = max(last.kernels, key=lambda k: k[1])
+        reached = moved / seconds / study.rate("copy")
+        if reached < SLOW:
+            text += (
+                f" Nor does it use what it is bound by: the longest of them, the {what}, moves its"
+                f" bytes at {reached:.0%} of a copy's rate."
+            )
     start = None
     for c in reversed(calls):
         if not heavy(study, c):
@@ -441,10 +452,12 @@ def why_exponentials(study):
             f" of the time, and the rest goes to what surrounds the exponential (scaling, maxima,"
             f" sums, conversions) and to waiting."
         )
-    if large.issued and small.issued:
+    if large.issued and small.issued and large.tensor and small.tensor:
         text += (
-            f" (By its counter, the unit of the exponentials issued {small.issued / small.exps:.2f}"
-            f" instructions a score at D = 64 and {large.issued / large.exps:.2f} at 128.)"
+            f" (Counted by ncu: the matrix units worked in {small.tensor:.0%} of the cycles at"
+            f" D = 64 and in {large.tensor:.0%} at 128, and the unit of the exponentials issued"
+            f" {small.issued / small.exps:.2f} and {large.issued / large.exps:.2f} instructions a"
+            f" score.)"
         )
     return text
 

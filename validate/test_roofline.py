@@ -47,7 +47,7 @@ def test_ncus_table_is_found_between_its_messages():
     assert (
         roofline.parse_ncu(CANNED.replace("- 1 pass\n==PROF== D", "- 3 passes\n==PROF== D"))[1] == 3
     )
-    assert roofline.parse_ncu("==ERROR== The user does not have permission\n") == ([], 0)
+    assert roofline.parse_ncu("==ERROR== The user does not have permission\n") == ([], None)
 
 
 def test_kernels_are_summed_per_call():
@@ -181,7 +181,8 @@ def test_counted_work_by_hand():
     assert found["counted_bytes"] == 4 * scores * 2 + 4 * tensor
     assert found["scores_bytes"] == scores * 2
     causal = CELL._replace(causal=True)
-    assert roofline.counted(causal, "v0_naive", "bfloat16") == found  # masks on the way
+    again = {"counted_bytes": found["counted_bytes"] + 2 * scores}  # its softmax reads S twice
+    assert roofline.counted(causal, "v0_naive", "bfloat16") == found | again  # masks on the way
     masked = roofline.counted(causal, "naive", "bfloat16")
     assert masked["counted_bytes"] == 6 * scores * 2 + 4 * tensor
     flash = roofline.counted(causal, "v1_flash", "bfloat16")
@@ -421,11 +422,13 @@ def rows():
         moved = 4 * 4 * 16 * n * 128 * 2
         made += call(
             "v1_flash", n, flash_ms(n), dram_read_bytes=moved * 0.75, dram_write_bytes=moved * 0.25,
-            l2_bytes=10 * moved, **({"graph_ms": 0.004, "host_ms": 0.04} if small else {}),
+            l2_bytes=10 * moved, xu_threads=4 * 16 * n**2 * 1.5, tensor_share=75.0,
+            **({"graph_ms": 0.004, "host_ms": 0.04} if small else {}),
         )  # fmt: skip
         if n in (512, 4096):
             made += call("v1_flash", n, flash_ms(n, True, 0.71 if n == 512 else 0.8), causal=True)
-    made += call("v1_flash", 4096, flash_ms(4096, of_peak=0.6), d=64)
+    units = {"xu_threads": 4 * 32 * 4096**2 * 1.25, "tensor_share": 55.0}
+    made += call("v1_flash", 4096, flash_ms(4096, of_peak=0.6), d=64, **units)
     return made
 
 
@@ -461,6 +464,7 @@ def test_naive_is_memory_bound_from_where_its_scores_leave_l2(rows):
     assert "needs 250 before" in said  # 1 PFLOP/s over 4 TB/s
     assert "A copy of as many bytes would take 50% of that time" in said
     assert "S = Q Kᵀ 25% of the time at 2 TB/s, softmax 50% of the time at 2 TB/s" in said
+    assert "the softmax, moves its bytes at 50% of a copy's rate" in said
     assert "from 1,024 tokens on (at 512 it is" in said
 
 
@@ -487,6 +491,8 @@ def test_the_verdict_on_exponentials_follows_the_shares(rows, exp, words):
     share = 0.6 * 1e15 / 256 / exp
     assert f"{share:.0%} of the exponentials'" in said
     assert words in said
+    assert "worked in 55% of the cycles at D = 64 and in 75% at 128" in said
+    assert "issued 1.25 and 1.50 instructions a score" in said
     assert f"{1e15 / (256 * exp):.0%} at D = 64" in said
     # Time a score: 512 / 0.8 at D = 128, 256 / 0.6 at D = 64, in units of 1e-15 s.
     per = {128: 512 / 0.8, 64: 256 / 0.6}
