@@ -200,7 +200,7 @@ def chart(sweep):
     shown = sweep.backends("ok", "oom")
     fig, ax, _ = style.axes()
     # Most points lie on each other: those drawn later are smaller.
-    sizes = [max(14 - 2.2 * i, 5) for i in range(len(shown))]
+    sizes = [max(14 - 2 * i, 8) for i in range(len(shown))]
     notes, known = [], {}
     for i, backend in enumerate(shown):
         look = style.look(backend)

@@ -618,10 +618,12 @@ def draw_roofline(study):
             text = f"N = {style.tokens(n)}"
             near(ax, text, (x, y), (0, offset), color="black", ha="center")
     lengths = sorted({n for _, _, n in every})
+    over = any(y * 1e12 > 1.02 * copy * x for x, y, _ in every)
+    beyond = "What only reads can pass the roof of a copy." if over else ""
     style.finish(
         fig, ax, "Roofline: what device memory and the matrix units allow", measured_on(study),
         [f"Lengths {style.tokens(lengths[0])} to {style.tokens(lengths[-1])}, joined; ceilings"
-         f" measured in the same run. {source_note(study)}"],
+         f" measured in the same run. {source_note(study)} {beyond}".rstrip()],
     )  # fmt: skip
     return fig
 
