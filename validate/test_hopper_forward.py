@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from flashstudy.validate.machine_code import read_before_written
 
 # step, D, causal, length, heads of q a head of k: every row of the steps' tables, every variant
 CASES = [
@@ -119,6 +120,9 @@ class TestMachineCode:
         assert triton
         assert max(triton) < 9
 
+    def test_no_register_is_read_before_it_is_written(self, kernels, case):
+        assert read_before_written(kernels[case]["sass"]) == []
+
     def test_main_loops(self, kernels, case):
         """Two products and two waits in the order of the source; no trip through local memory."""
         step, d, causal, _, _ = case
@@ -155,6 +159,23 @@ class TestMachineCode:
                 k_empty, v_empty = positions(loop, "SYNCS.ARRIVE")
                 assert one[0] < k_empty
                 assert zero[0] < v_empty
+
+
+def test_the_reader_follows_every_path():
+    """An address computed in front of a loop that may not run is not there behind it."""
+    sass = """
+        /*0000*/                   UMOV UR6, 0x400 ;
+        /*0010*/               @!P0 BRA `(.L_x_2) ;
+        /*0020*/                   UIADD3.64 UR4, UR6, 0x2, URZ ;
+.L_x_1:
+        /*0030*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR2].tnspB, R24 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+.L_x_2:
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR2].tnspB, R24 ;
+        /*0060*/                   EXIT ;
+"""
+    assert [registers for _, registers in read_before_written(sass)] == [[4, 5]]
+    assert read_before_written(sass.replace("BRA `(.L_x_2)", "NOP")) == []
 
 
 def test_plans():
