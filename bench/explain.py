@@ -62,10 +62,14 @@ GPUS = {
 # batch 4, 16 heads of 128), but for the two of the backward.
 
 FP32_REACH = 0.72  # of the datasheet's fp32: SDPA's efficient kernel reaches it at 32,768
-# torch's softmax and masking move single elements, not whole cache lines: the share of the copy
-# rate that naive's passes over S and P see, by bytes an element. Two bytes cost nearly as much time
-# as four.
-PASS_SHARE = {2: 0.45, 4: 0.83}
+# Share of the copy rate that naive's passes over S and P see, by bytes an element and what passes.
+# Matrix products nearly reach it; torch's softmax and masking move single elements, not whole cache
+# lines, and two bytes cost them nearly as much time as four. Products and softmax as measured by
+# bench/roofline.py (full mask, its counters), the mask as what the records of causal calls leave.
+PASS_SHARES = {
+    2: {"products": 0.9, "softmax": 0.45, "mask": 0.3},
+    4: dict.fromkeys(("products", "softmax", "mask"), 0.83),
+}
 LAUNCH_US = 2.5  # a kernel on the GPU: start, first loads, drain
 EVENT_US = 4.0  # that an event around an eager call sees more than a graph's replay
 TILE = 128  # queries and keys of a flash tile; an SM works at one tile of queries at a time
@@ -155,9 +159,13 @@ def naive(cell, gpu):
     """Estimate of backends/naive.py: every kernel after the other, each at its own ceiling."""
     size, d, forward = SIZES[cell.dtype], cell.head_dim, cell.direction == "forward"
     scores = cell.B * cell.H * cell.N**2
-    # S written; mask read and written; softmax read and written; P read.
-    # Backward: P read for dV, dP written, softmax 2 read 1 written, mask 2, dS read for dQ and dK.
-    passes = (4 if forward else 7) + 2 * cell.causal
+    # S written, P read; softmax read and written; mask read and written.
+    # Backward: P read for dV, dP written, dS read for dQ and dK; softmax 2 read 1 written; mask.
+    by_kind = {
+        "products": 2 if forward else 4, "softmax": 2 if forward else 3, "mask": 2 * cell.causal
+    }  # fmt: skip
+    passes = sum(by_kind.values())
+    slowed = sum(n / PASS_SHARES[size][what] for what, n in by_kind.items())
     kernels = (3 if forward else 5) + cell.causal
     flops, how_flops = 4 * scores * d, "4·B·H·N²·D"  # the masked half is computed too
     if not forward:
@@ -174,7 +182,7 @@ def naive(cell, gpu):
         "matrix products": (flops + more_flops) / gpu.products(cell.dtype) * 1e3,
         "exponentials": scores / gpu.exps * 1e3 * forward,
         "memory bandwidth": (
-            scores * size * passes / PASS_SHARE[size] + tensors + more_bytes
+            scores * size * slowed + tensors + more_bytes
         ) / gpu.copy * 1e3,
         "launches": (kernels + more_kernels) * LAUNCH_US / 1e3,
     }  # fmt: skip
@@ -386,12 +394,16 @@ def page(cell, gpu):
         extra = block if how != "exps" else ""
         return [what, *both, slow.how[how] + extra, quick.how[how] + extra]
 
+    shares = ", ".join(
+        f"{share:.0%} of it in its {what}"
+        for what, share in PASS_SHARES[SIZES[cell.dtype]].items()
+        if what != "mask" or cell.causal
+    )
     per = {
         "matrix products": f"FLOPs / {gpu.products(cell.dtype) / 1e12:.3g} TFLOP/s",
         "exponentials": f"exponentials / {gpu.exps / 1e12:.2g}·10¹² a second; naive's run beside"
         " its memory traffic",
-        "memory bandwidth": f"bytes / {gpu.copy / 1e12:.3g} TB/s; naive's passes reach"
-        f" {PASS_SHARE[SIZES[cell.dtype]]:.0%} of it",
+        "memory bandwidth": f"bytes / {gpu.copy / 1e12:.3g} TB/s; naive reaches {shares}",
         "launches": f"{LAUNCH_US} µs a kernel; flash also {TILE_US} µs for a tile's start",
     }
     counts = [
