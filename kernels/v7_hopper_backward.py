@@ -23,64 +23,72 @@ device memory.
 
 Scores are computed transposed, Sᵀ = K Qᵀ and dPᵀ = V dOᵀ, [keys, queries]: the accumulator of a
 product has the layout of the register operand of the next, so Pᵀ goes from the one to dV += Pᵀ dO
-and never sees memory. dQ = dS K alone sums over keys, that is over both consumers. dS goes through
-shared memory, and one barrier of 256 threads an iteration says that both halves are there; then
-consumer w computes half w of the columns of dQ.
+and never sees memory. dQ = dS K alone sums over keys, that is over both consumers: dS goes through
+shared memory, and each consumer computes half of dQ, half of its columns or of its rows.
 
-One iteration of a consumer. Products of query tile j wait for nothing but data; those that need dS
-belong to the tile before, so that each elementwise part has products to run under:
+The consumers take turns at the tensor cores, a ping-pong as in the forward: while one has its five
+products computed, the other takes exponentials. Two named barriers hand the turn over, and they are
+all that the exchange of dS needs: consumer 0 gets a turn when consumer 1 has ended one, consumer
+1's dS of that tile is in shared memory then, and the other way round. Only consumer 0, always half
+an iteration ahead, has to compute its part of dQ one query tile late.
 
-    tensor cores, in order of issue   threads meanwhile                       waits for
-    dQ(j-1) = dS K                                                            dS: the barrier below
-    Sᵀ(j) = K Q(j)ᵀ                                                           Q from the loader
-    dK += dSᵀ Q(j-1)                  dQ(j-1) to shared memory → writer       the writer
-    dPᵀ(j) = V dO(j)ᵀ                 P = exp2(scale·log2 e·S - LSE₂)         dO from the loader
-    dV += Pᵀ dO(j)                    Q(j-1) back to the loader
-                                      dS = P (dP - delta) to shared memory
-    ────────── named barrier: both halves of dS(j) are written ──────────     the other consumer
-                                      dO(j) back to the loader
+    consumer 0                                      consumer 1
+    ┌ turn ──────────────────────────────────┐
+    │ dQ(j-2)  dV(j-1)  dK(j-1)  S(j)  dP(j) │      P(j-1) = exp2(scale·log2 e·S - LSE₂)
+    └────────────────────────────────────────┘      dS(j-1) = P (dP - delta) → shared memory
+                                                    ┌ turn ──────────────────────────────────┐
+    P(j) = exp2(scale·log2 e·S - LSE₂)              │ dQ(j-1)  dV(j-1)  dK(j-1)  S(j)  dP(j) │
+    dS(j) = P (dP - delta) → shared memory          └────────────────────────────────────────┘
+    ┌ turn ──────────────────────────────────┐
+    │ dQ(j-1)  dV(j)  dK(j)  S(j+1)  dP(j+1) │      P(j), dS(j)
 
-The first query tile of a key tile has no tile before it and the last none after it: a prologue with
-the score half and an epilogue with the gradient half of the iteration. No product is in flight
-where the loop turns: with one, ptxas serialised them all (its warnings C7510 to C7519).
+Within a turn, dQ goes to shared memory while dV and dK run, and from there the writer adds it to
+device memory; Q and dO of a tile go back to the loader when dK is done. No product is in flight
+where a loop turns: with one, ptxas serialised them all (its warnings C7510 to C7519). The first
+query tile of a key tile is a turn with S and dP alone, the last one without them; consumer 0 takes
+one more for its last dQ. dK leaves when the scores of the next key tile are there.
 
 What bounds it (D = 128, one iteration of a CTA, 64 queries by 128 keys): 10.5 MFLOP take the tensor
 cores 2560 clocks (4096 FLOP a clock). A wgmma has 64 rows and reads from shared memory what it does
-not find in registers, 128 bytes a clock: S 64 KiB, dP 64, dV 32, dK 48, dQ 64; dS written 16, dQ
-written and read by the copy engine 64, Q and dO arriving 32: 384 KiB or 3072 clocks. Shared memory
-is the busier of the two; exponentials (512 clocks) and instruction issue (800) could hide. The SM's
-clock counts 4100 an iteration: a warp that issues wgmma after wgmma stands still while most of
-them run, so a consumer's own arithmetic hides under the other's products more than its own.
+not find in registers, 128 bytes a clock: S 64 KiB, dP 64, dV 32, dK 32, dQ 64; dS written 16, dQ
+written and read by the copy engine 64, Q and dO arriving 32: 368 KiB or 2944 clocks. Shared memory
+is the busier of the two, and an iteration takes 3300 to 3400 clocks. A warp that issues wgmma after
+wgmma stands still while most of them run: asynchronous or not, a consumer's arithmetic hides under
+the other's products more than under its own. That is what the turns are for: with a barrier of both
+consumers at every dS in their place, both took exponentials at the same time, and an iteration took
+4100 clocks. Atomic additions of dQ straight from the registers spare shared memory 64 KiB; they
+were slower.
 
-What lives where (D = 128). Shared memory: Q 3 x 16 KiB, dO 2 x 16, K 32, V 32, dS 2 x 16, the way
-out 2 x 16: 208 of 227 KiB, one CTA a multiprocessor. Registers of a consumer thread, at most 240:
-dK 64, dV 64, S 32, dP 32 (the ones of dQ before), P in half precision 16. Device memory: for each
-128 keys Q and dO are read once and 4 bytes an element added to dQ; L2 serves most of that.
+What lives where (D = 128). Shared memory: Q 2 x 16 KiB, dO 2 x 16, K 2 x 32, V 32, dS 2 x 16, the
+way out 2 x 16: 224 of 227 KiB, one CTA a multiprocessor. Registers of a consumer thread, at most
+240: dK 64, dV 64, S 32, dP 32, P and dS in half precision 16 each, dQ 32 before S. Device memory:
+for each 128 keys Q and dO are read once and 4 bytes an element added to dQ; L2 serves most of that.
 
 CTAs are persistent: the loader draws the next tile from a counter and fetches it under the end of
 the one before. The list is ordered heaviest first where a causal mask makes tiles unequal, in
 sections of heads whose tensors fit in L2.
 
-Against FlashAttention-3: no clusters; tiles of 64 queries also at D = 64; dQ of the tile before is
-computed in the iteration of the next; grouped heads loop over the query heads of a group inside the
-CTA, so that dK and dV need no accumulators in memory. A first kernel computes delta and clears the
-accumulator of dQ, a last one scales it, restores its order and rounds: 14 bytes an element of Q.
+deterministic=True gives the sums of dQ an order: a lock for each half of a query tile counts the
+key tiles that have added to it, and the writer waits for its number. Keys go in ascending order;
+under a causal mask in descending order, and the list of tiles with them, since a CTA meets the
+diagonal first: it seldom waits. A CTA waits only for places before its own in the list, and those
+are being worked on, so the wait ends. The price is the lightest tiles coming first.
+
+Against FlashAttention-3: turns in the backward, too, in place of a barrier for dS; persistent CTAs;
+no tiles of 80 queries; grouped heads loop over the query heads of a group inside the CTA, so that
+dK and dV need no accumulators in memory. As there, a first kernel computes delta and clears the
+accumulator of dQ, and a last one scales it, restores its order and rounds: 14 bytes an element.
 
 Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 with zeros; at 256 dK
-and dV alone would fill the registers). dK and dV are bitwise repeatable; dQ is not: CTAs add to it
-in the order in which they come.
+and dV alone would fill the registers). dK and dV are bitwise repeatable, dQ if asked for.
 
-Measured, TFLOP/s with everything between dO and the finished gradients, this step / cuDNN in the
-same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton 3.6.0; 2026-11-22):
+Measured, TFLOP/s with everything between dO and the finished gradients, this schedule / cuDNN in
+the same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton 3.6.0; 2026-11-22),
+when masked tiles still had a loop of their own:
 
-    N                  512        2048       16384
-    D = 128 full     371/333    499/476    559/518
-    D = 128 causal   175/212    423/382    586/536
-    D = 64 full      301/285    383/398    419/449
-    D = 64 causal    196/170    339/324    423/426
-
-Since that run the word that names the next tile has shrunk to one, and the small kernels have grids
-of one axis. In this form the step is compiled and its machine code tested; it has not been run.
+    N = 16384          full       causal
+    D = 128          620/581     654/552
+    D = 64           577/469     590/433
 """
 
 from typing import NamedTuple
@@ -97,38 +105,43 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from . import _gluon, _host
 from ._gluon import (
     TensorDescriptor,
     aggregate,
     barrier_arrive,
     barrier_sync,
-    multiprocessors,
     tma_load,
     tma_reduce_add,
     tma_store,
     tma_store_wait,
 )
-from ._host import HALF_DTYPES, LOG2E
 
 MAX_HEAD_DIM = 128
 L2_BYTES = 40 << 20  # of 50 MiB: what a section of heads may take
 
-DO_STAGES = gl.constexpr(2)  # ring slots of dO; those of Q are in the table of configurations
-
 # Named barriers, by their number in PTX (Triton keeps the low ones), and how many threads meet.
-EXCHANGE = gl.constexpr(8)  # both consumers have written their half of dS
-Q_EMPTY = gl.constexpr(9)  # 9 to 11: both consumers are done with that slot of Q; the loader waits
-DO_EMPTY = gl.constexpr(12)  # 12, 13: the same for dO
-OUT_FULL = gl.constexpr(14)  # 14, 15: that consumer's way out is full; the writer waits
+TURN = gl.constexpr(8)  # 8, 9: it is that consumer's turn at the tensor cores
+EMPTY = gl.constexpr(
+    10
+)  # 10, 11: both consumers are done with that slot of Q, dO; the loader waits
+OUT_FULL = gl.constexpr(12)  # 12, 13: that consumer's way out is full; the writer waits
 CONSUMERS = gl.constexpr(256)
 CONSUMERS_AND_LOADER = gl.constexpr(256 + 32)
 CONSUMER_AND_WRITER = gl.constexpr(128 + 32)
 
+# The threads of this role meet. Triton puts such barriers itself where shared memory is read after
+# a write; one where nobody waits for anybody saves it from putting one where somebody would.
+meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the name from 3.9 on
 
 # A shared tile under another type and shape: public, and without the underscore, from Triton 3.9.
 reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None)
 if reinterpret is None:
     reinterpret = gl.shared_memory_descriptor._reinterpret
+
+
+# fp32 in shared memory as in device memory: rows of LSE and delta, and dQ in its own order
+FP32 = {rank: gl.NVMMASharedLayout(0, 32, rank=rank) for rank in (1, 2)}
 
 
 class Config(NamedTuple):
@@ -137,10 +150,12 @@ class Config(NamedTuple):
     block_m: int
     block_n: int
     head_dim: int
-    q_stages: int  # Q of the tile before is still in use while the next one arrives: three slots
+    split_rows: bool  # consumers share out dQ by rows (queries) or else by columns
+    ds_registers: bool  # dS as dK's operand: from registers, or through shared memory
 
 
-CONFIGS = {64: Config(64, 128, 64, q_stages=3), 128: Config(64, 128, 128, q_stages=3)}
+CONFIGS = {64: Config(128, 128, 64, True, False), 128: Config(64, 128, 128, False, True)}
+STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
 
 
 def _config(head_dim):
@@ -157,10 +172,10 @@ class Shared:
     """
 
     q: gl.shared_memory_descriptor  # ring
-    do: gl.shared_memory_descriptor  # ring
+    do: gl.shared_memory_descriptor  # ring, in step with q
     lse: gl.shared_memory_descriptor  # ring, travels with q
     delta: gl.shared_memory_descriptor  # ring, travels with do
-    k: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor  # ring, one slot a key tile
     v: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor  # two buffers in turn
     out: gl.shared_memory_descriptor  # one a consumer: the way out of dQ, dV and dK
@@ -190,9 +205,9 @@ class Shared:
         self.mail, self.mail_ready, self.mail_empty = mail, mail_ready, mail_empty
 
     @gluon.jit
-    def out_as(self, WG: gl.constexpr, desc):
+    def out_as(self, which, desc):
         """A consumer's way out, seen as the tile of a descriptor."""
-        return reinterpret(self.out.index(WG), desc.dtype, desc.block_type.shape, desc.layout)
+        return reinterpret(self.out.index(which), desc.dtype, desc.block_type.shape, desc.layout)
 
     @gluon.jit
     def receive(self, turn, WARPS: gl.constexpr):
@@ -219,35 +234,41 @@ class Problem:
     """The kernel's scalar arguments; every role computes from them what it needs of a tile."""
 
     H: gl.tensor
-    H_KV: gl.tensor
-    N_Q: gl.tensor
-    N_K: gl.tensor
-    N_PAD: gl.tensor  # N_Q in whole tiles
-    UNITS: (
-        gl.tensor
-    )  # B * H_KV * SPLIT; a unit is a key head with its query heads, or a share of them
+    HEADS: gl.tensor  # query heads of a unit: a key head with its query heads, or a share of them
+    OFFSET: gl.tensor  # N_K - N_Q
+    TILES_M: gl.tensor
+    TILES_N: gl.tensor
+    UNITS: gl.tensor  # B * H / HEADS
     SECTION: gl.tensor  # units that run together
     SPLIT: gl.tensor  # units that share a key head
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    SPLIT_ROWS: gl.constexpr
+    DS_REGISTERS: gl.constexpr
     CAUSAL: gl.constexpr
     RAGGED: gl.constexpr  # the last tile reaches past N_K
+    DETERMINISTIC: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, H, H_KV, N_Q, N_K, N_PAD, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, CAUSAL, RAGGED
-    ):
-        self.H, self.H_KV, self.N_Q, self.N_K, self.N_PAD = H, H_KV, N_Q, N_K, N_PAD
+        self, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, HEAD_DIM,
+        SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+    ):  # fmt: skip
+        self.H, self.HEADS, self.OFFSET = H, HEADS, OFFSET
+        self.TILES_M, self.TILES_N = TILES_M, TILES_N
         self.UNITS, self.SECTION, self.SPLIT = UNITS, SECTION, SPLIT
-        self.BLOCK_M = gl.constexpr(BLOCK_M)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-        self.CAUSAL = gl.constexpr(CAUSAL)
-        self.RAGGED = gl.constexpr(RAGGED)
+        self.BLOCK_M, self.BLOCK_N = gl.constexpr(BLOCK_M), gl.constexpr(BLOCK_N)
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+        self.SPLIT_ROWS = gl.constexpr(SPLIT_ROWS)
+        self.DS_REGISTERS = gl.constexpr(DS_REGISTERS)
+        self.CAUSAL, self.RAGGED = gl.constexpr(CAUSAL), gl.constexpr(RAGGED)
+        self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
 
     @gluon.jit
     def size(self):
         """Length of the list of tiles."""
-        return self.UNITS * gl.cdiv(self.N_K, self.BLOCK_N)
+        return self.UNITS * self.TILES_N
 
     @gluon.jit
     def work(self, place):
@@ -257,32 +278,38 @@ class Problem:
         under a causal mask those see the most queries. The heads of a section run together and find
         each other's Q, dO and dQ in L2.
         """
-        tiles_n = gl.cdiv(self.N_K, self.BLOCK_N)
-        section = place // (self.SECTION * tiles_n)
-        inside = place % (self.SECTION * tiles_n)
+        section = place // (self.SECTION * self.TILES_N)
+        inside = place % (self.SECTION * self.TILES_N)
         width = gl.minimum(self.SECTION, self.UNITS - section * self.SECTION)
         unit = section * self.SECTION + inside % width
-        start_n = inside // width * self.BLOCK_N
-        h_out = unit % (self.H_KV * self.SPLIT)
-        b = unit // (self.H_KV * self.SPLIT)
-        heads = self.H // (self.H_KV * self.SPLIT)
+        n = inside // width
+        if self.CAUSAL and self.DETERMINISTIC:  # nobody may wait for a later place: see `before`
+            n = self.TILES_N - 1 - n
+        start_n = n * self.BLOCK_N
+        units = self.H // self.HEADS  # of a batch entry
+        b, h_out = unit // units, unit % units
 
-        offset = self.N_K - self.N_Q
         lo = gl.to_tensor(0)
-        tiles = gl.cdiv(self.N_Q, self.BLOCK_M)
+        tiles = self.TILES_M
         masked = gl.to_tensor(0)
-        edge_n = self.N_K - start_n
-        if self.CAUSAL:  # query i sees the keys up to i + offset
-            lo = gl.maximum(start_n - offset, 0) // self.BLOCK_M
+        edge_n = gl.to_tensor(0)
+        if self.CAUSAL:  # query i sees the keys up to i + OFFSET
+            lo = gl.maximum(start_n - self.OFFSET, 0) // self.BLOCK_M
             tiles -= lo
-            masked = gl.cdiv(gl.maximum(start_n + self.BLOCK_N - 1 - offset, 0), self.BLOCK_M) - lo
-            masked = gl.minimum(masked, tiles)
-            edge_n = start_n - offset - lo * self.BLOCK_M
-        elif self.RAGGED:  # noqa: SIM102 (this one is decided by the compiler)
-            if edge_n < self.BLOCK_N:
-                masked = tiles
-        h_kv = h_out // self.SPLIT
-        return Work(b, h_out * heads, h_kv, h_out, start_n, lo, masked, tiles, heads, edge_n)
+            full = gl.maximum(start_n + self.BLOCK_N - 1 - self.OFFSET, 0)  # it sees them all
+            masked = gl.minimum(gl.cdiv(full, self.BLOCK_M) - lo, tiles)
+            edge_n = start_n - self.OFFSET - lo * self.BLOCK_M
+        h, h_kv = h_out * self.HEADS, h_out // self.SPLIT
+        return Work(b, h, h_kv, h_out, start_n, lo, masked, tiles, self.HEADS, edge_n)
+
+    @gluon.jit
+    def before(self, work, m):
+        """How many key tiles add to dQ of query tile m before this one, when their order counts."""
+        n = work.start_n // self.BLOCK_N
+        if self.CAUSAL:  # from the last that the tile sees back to the first
+            last = ((m + 1) * self.BLOCK_M - 1 + self.OFFSET) // self.BLOCK_N
+            n = gl.minimum(last, self.TILES_N - 1) - n
+        return n
 
 
 @aggregate
@@ -298,9 +325,7 @@ class Work:
     masked: gl.tensor  # so many from there need the mask
     tiles: gl.tensor  # so many from there in all
     heads: gl.tensor
-    # causal: query m of tile lo sees key n of this tile where n + edge_n <= m; else key n exists
-    # where n < edge_n
-    edge_n: gl.tensor
+    edge_n: gl.tensor  # causal: query m of tile lo sees key n of this tile where n + edge_n <= m
 
     @gluon.constexpr_function
     def __init__(self, b, h, h_kv, h_out, start_n, lo, masked, tiles, heads, edge_n):
@@ -323,56 +348,78 @@ class Work:
 
 
 @gluon.jit
-def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
     """One warp: draws tiles from the counter and keeps the copy engine ahead of the consumers."""
     BLOCK_M: gl.constexpr = problem.BLOCK_M
-    Q_STAGES: gl.constexpr = sm.q.shape[0]
+    STAGES: gl.constexpr = sm.q.shape[0]
+    rows = problem.UNITS * problem.HEADS * problem.TILES_M * BLOCK_M  # of LSE; then those of delta
     count = gl.to_tensor(0)  # query tiles over all key tiles: the rings never start over
     turn = gl.to_tensor(0)
     place = gl.program_id(0)
+    if problem.DETERMINISTIC:  # places in the order of arrival: before mine, all have a CTA
+        place = gl.atomic_add(next_ptr, 1)
     while place < problem.size():
         sm.send(turn, place)
         work = problem.work(place)
         for it in range(work.tiles * work.heads):
-            stage = count % Q_STAGES
+            slot = count % STAGES
+            q_ready, do_ready = sm.q_ready.index(slot), sm.do_ready.index(slot)
             h, m = work.locate(it)
-            row = (work.b * problem.H + h) * problem.N_PAD + m * BLOCK_M
-            q_ready = sm.q_ready.index(stage)
-            if count >= Q_STAGES:
-                barrier_sync(Q_EMPTY + stage, CONSUMERS_AND_LOADER)
-            mbarrier.expect(q_ready, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-            tma_load(q_desc, [work.b, h, m * BLOCK_M, 0], q_ready, sm.q.index(stage))
-            tma_load(lse_desc, [row], q_ready, sm.lse.index(stage))
-            if it == 0:  # V is free before K: dP of the last query tile comes before its dQ
-                coord = [work.b, work.h_kv, work.start_n, 0]
+            coord = [work.b, h, m * BLOCK_M, 0]
+            kv_coord = [work.b, work.h_kv, work.start_n, 0]
+            row = ((work.b * problem.H + h) * problem.TILES_M + m) * BLOCK_M
+
+            if it == 0:
+                k_slot, k_phase = turn % STAGES, (turn // STAGES) & 1
+                k_ready = sm.k_ready.index(k_slot)
+                mbarrier.wait(sm.k_empty.index(k_slot), k_phase ^ 1)
+                mbarrier.expect(k_ready, k_desc.block_type.nbytes)
+                tma_load(k_desc, kv_coord, k_ready, sm.k.index(k_slot))
+            if count >= STAGES:
+                barrier_sync(EMPTY + slot, CONSUMERS_AND_LOADER)
+            mbarrier.expect(q_ready, q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+            tma_load(q_desc, coord, q_ready, sm.q.index(slot))
+            tma_load(rows_desc, [row], q_ready, sm.lse.index(slot))
+            if it == 0:
                 mbarrier.wait(sm.v_empty, (turn & 1) ^ 1)
                 mbarrier.expect(sm.v_ready, v_desc.block_type.nbytes)
-                tma_load(v_desc, coord, sm.v_ready, sm.v.index(0))
-                mbarrier.wait(sm.k_empty, (turn & 1) ^ 1)
-                mbarrier.expect(sm.k_ready, k_desc.block_type.nbytes)
-                tma_load(k_desc, coord, sm.k_ready, sm.k.index(0))
-            stage = count % DO_STAGES
-            do_ready = sm.do_ready.index(stage)
-            if count >= DO_STAGES:
-                barrier_sync(DO_EMPTY + stage, CONSUMERS_AND_LOADER)
-            mbarrier.expect(do_ready, do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-            tma_load(do_desc, [work.b, h, m * BLOCK_M, 0], do_ready, sm.do.index(stage))
-            tma_load(delta_desc, [row], do_ready, sm.delta.index(stage))
+                tma_load(v_desc, kv_coord, sm.v_ready, sm.v.index(0))
+            mbarrier.expect(do_ready, do_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+            tma_load(do_desc, coord, do_ready, sm.do.index(slot))
+            tma_load(rows_desc, [rows + row], do_ready, sm.delta.index(slot))
             count += 1
         turn += 1
-        place = gl.num_programs(0) + gl.atomic_add(next_ptr, 1)
+        place = gl.atomic_add(next_ptr, 1)
+        if not problem.DETERMINISTIC:
+            place += gl.num_programs(0)
     sm.send(turn, place)  # past the end of the list: everybody stops
 
     # Take the last arrivals of the consumers too: no named barrier stays half full.
-    for i in range(gl.maximum(count - Q_STAGES, 0), count):
-        barrier_sync(Q_EMPTY + i % Q_STAGES, CONSUMERS_AND_LOADER)
-    for i in range(gl.maximum(count - DO_STAGES, 0), count):
-        barrier_sync(DO_EMPTY + i % DO_STAGES, CONSUMERS_AND_LOADER)
+    for i in range(gl.maximum(count - STAGES, 0), count):
+        barrier_sync(EMPTY + i % STAGES, CONSUMERS_AND_LOADER)
 
 
 @gluon.jit
-def _writer(sm, problem, dq_desc, dk_desc, dv_desc):
-    """One warp: what the consumers put on their ways out, it hands to the copy engine."""
+def _all_but_latest_done():
+    """Wait until all stores and sums of this warp but the latest are in device memory."""
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 1; mov.u32 $0, $1;",
+        "=r,r,~{memory}",
+        [gl.to_tensor(0)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    meet()
+
+
+@gluon.jit
+def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
+    """One warp: what the consumers put on their ways out, it hands to the copy engine.
+
+    Of n query tiles a consumer hands over n + 2 things. Consumer 1: dQ of all, dV, dK; consumer 0,
+    half an iteration later: dQ of all but the last, dV, dQ of the last, dK.
+    """
     HALF: gl.constexpr = problem.BLOCK_N // 2
     ROWS: gl.constexpr = dq_desc.block_type.shape[0]
     turn = gl.to_tensor(0)
@@ -380,55 +427,62 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc):
     while place < problem.size():
         work = problem.work(place)
         n = work.tiles * work.heads
-        # What comes out, in order: dQ of all query tiles but the last, dV, dQ of the last, dK.
+        owed = gl.to_tensor(-1)  # the lock of the latest sum, to be passed on when that is done
         for it in range(n + 2):
-            if it < n - 1 or it == n:
+            for c in gl.static_range(1, -1, -1):
                 h, m = work.locate(gl.minimum(it, n - 1))
-                row = ((work.b * problem.H + h) * problem.N_PAD // problem.BLOCK_M + m) * (2 * ROWS)
-                for c in gl.static_range(2):
-                    barrier_sync(OUT_FULL + c, CONSUMER_AND_WRITER)
-                    tma_reduce_add(dq_desc, [row + c * ROWS, 0], sm.out_as(c, dq_desc))
-            elif it == n - 1:
-                for c in gl.static_range(2):
-                    barrier_sync(OUT_FULL + c, CONSUMER_AND_WRITER)
-                    coord = [work.b, work.h_out, work.start_n + c * HALF, 0]
-                    tma_store(dv_desc, coord, sm.out.index(c))
-            else:
-                for c in gl.static_range(2):
-                    barrier_sync(OUT_FULL + c, CONSUMER_AND_WRITER)
-                    coord = [work.b, work.h_out, work.start_n + c * HALF, 0]
-                    tma_store(dk_desc, coord, sm.out.index(c))
-            tma_store_wait(1)
+                part = ((work.b * problem.H + h) * problem.TILES_M + m) * 2 + c
+                lock = gl.to_tensor(-1)
+                if problem.DETERMINISTIC:  # noqa: SIM102 (this one is decided by the compiler)
+                    if it != n + 1 and it != n - 1 + c:
+                        lock = part
+                        before = problem.before(work, m)
+                        while gl.atomic_add(lock_ptr + lock, 0, sem="acquire") != before:
+                            pass
+
+                barrier_sync(OUT_FULL + c, CONSUMER_AND_WRITER)
+                coord = [work.b, work.h_out, work.start_n + c * HALF, 0]
+                if it == n + 1:
+                    tma_store(dk_desc, coord, sm.out_as(c, dk_desc))
+                elif it == n - 1 + c:
+                    tma_store(dv_desc, coord, sm.out_as(c, dv_desc))
+                else:
+                    tma_reduce_add(dq_desc, [part * ROWS, 0], sm.out_as(c, dq_desc))
+
+                if problem.DETERMINISTIC:
+                    _all_but_latest_done()
+                    if owed >= 0:
+                        gl.atomic_add(lock_ptr + owed, 1, sem="release")
+                    owed = lock
+                    if c == 0 or it > 0:  # the one before this
+                        mbarrier.arrive(sm.out_empty.index(1 - c), count=1)
+                else:
+                    tma_store_wait(0)
+                    mbarrier.arrive(sm.out_empty.index(c), count=1)
+        if problem.DETERMINISTIC:
+            tma_store_wait(0)  # a half of dK, which nobody waits for
             mbarrier.arrive(sm.out_empty.index(0), count=1)
-            tma_store_wait(0)
-            mbarrier.arrive(sm.out_empty.index(1), count=1)
         turn += 1
         place = sm.receive(turn, 1)
 
 
 @gluon.jit
-def _probabilities(
-    s, sm, stage, qk_scale, edge_n,
-    WG: gl.constexpr, BLOCK_M: gl.constexpr, HALF: gl.constexpr, CAUSAL: gl.constexpr,
-    MASKED: gl.constexpr, s_layout: gl.constexpr,
-):  # fmt: skip
-    """Pᵀ = exp(Sᵀ - LSE) of half a tile, [HALF, BLOCK_M] (line 11)."""
-    lse = sm.lse.index(stage).load(gl.SliceLayout(0, s_layout))
-    s = s * qk_scale - gl.expand_dims(lse, 0)
-    if MASKED:
-        offs_n = WG * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, s_layout))
-        if CAUSAL:
-            offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
-            visible = gl.expand_dims(offs_n + edge_n, 1) <= gl.expand_dims(offs_m, 0)
-        else:
-            visible = gl.expand_dims(offs_n, 1) < edge_n
-        s = gl.where(visible, s, float("-inf"))
-    return gl.exp2(s)
+def _hand_over(tile, sm, desc, count, WG: gl.constexpr):
+    """Put a half of dV or dK before the writer.
+
+    `count` numbers what a consumer hands over, modulo 2: n query tiles make n + 2 things, so that
+    the number of query tiles before does for the first.
+    """
+    mbarrier.wait(sm.out_empty.index(WG), (count & 1) ^ 1)
+    # count >> 30 is 0: without it the addresses would be kept in registers from tile to tile
+    sm.out_as(WG + (count >> 30), desc).reshape(tile.shape).store(tile.to(desc.dtype))
+    fence_async_shared()  # stores of threads before reads of the copy engine
+    barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
 
 
 @gluon.jit
-def _hand_over_dq(dq, sm, dq_desc, count, WG: gl.constexpr):
-    """Put a part of dQ, in the order in which the registers hold it, before the writer."""
+def _put_dq(dq, sm, dq_desc, count, WG: gl.constexpr):
+    """Put a part of dQ on the way out, in the order in which the registers hold it."""
     # row = (warp, i, quad) and column = (j, lane, e) of the accumulator layout: a thread owns all
     # (i, j, e) of its (warp, quad, lane). In the order (j, warp, quad, lane, i, e) it owns groups
     # of four: stores of 16 bytes, without the two-way bank conflicts of rows and columns. Moves
@@ -436,265 +490,330 @@ def _hand_over_dq(dq, sm, dq_desc, count, WG: gl.constexpr):
     J: gl.constexpr = dq.shape[1] // 8
     dq = dq.reshape([4, 2, 8, J, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([2 * J, 256])
     mbarrier.wait(sm.out_empty.index(WG), (count & 1) ^ 1)
-    sm.out_as(WG, dq_desc).store(dq)
-    fence_async_shared()  # stores of threads before reads of the copy engine
-    barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
+    sm.out_as(WG + (count >> 30), dq_desc).store(dq)  # as above
 
 
 @gluon.jit
-def _hand_over(tile, sm, count, WG: gl.constexpr):
-    """Put a half of dV or dK before the writer.
-
-    `count` numbers what a consumer hands over, modulo 2: dQ(it) of a tile is base + it; dV comes
-    before the last dQ and dK after it, so n query tiles make n + 2 and parity carries over.
-    """
-    mbarrier.wait(sm.out_empty.index(WG), (count & 1) ^ 1)
-    sm.out.index(WG).reshape(tile.shape).store(tile.to(sm.out.dtype))
+def _hand_over_dq(dq, sm, dq_desc, count, WG: gl.constexpr):
+    """Put a part of dQ before the writer."""
+    _put_dq(dq, sm, dq_desc, count, WG)
     fence_async_shared()
     barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
 
 
 @gluon.jit
-def _tiles(
-    WG: gl.constexpr, sm, dq_desc, dk, dv, first, last, base, qk_scale, edge_n, masked,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    CAUSAL: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """Consumer WG's iterations first..last of a tile, as drawn at the top of the file."""
-    dtype: gl.constexpr = sm.q.dtype
-    Q_STAGES: gl.constexpr = sm.q.shape[0]
-    HALF: gl.constexpr = BLOCK_N // 2
-    DQ_D: gl.constexpr = HEAD_DIM // 2
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_D, 16])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-
-    s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    dq_zero = gl.zeros([BLOCK_M, DQ_D], gl.float32, dq_layout)
-    for it in range(first, last):
-        count = base + it
-        slot, before = count % Q_STAGES, (count - 1) % Q_STAGES
-        stage = count % DO_STAGES
-        # Always buffer 0, in a form that the compiler cannot see through: it would otherwise keep a
-        # matrix descriptor for each slice of K and V in registers over the loop, and spill.
-        k = sm.k.index(it >> 30).reshape([BLOCK_N, HEAD_DIM])
-        v = sm.v.index(it >> 30).reshape([BLOCK_N, HEAD_DIM])
-        k_half = k.slice(WG * HALF, HALF, dim=0)
-        v_half = v.slice(WG * HALF, HALF, dim=0)
-        q = sm.q.index(slot).reshape([BLOCK_M, HEAD_DIM])
-        q_before = sm.q.index(before).reshape([BLOCK_M, HEAD_DIM])
-        do = sm.do.index(stage).reshape([BLOCK_M, HEAD_DIM])
-
-        ds = sm.ds.index(stage ^ 1)  # [BLOCK_N, BLOCK_M], of the tile before
-        k_part = k.slice(WG * DQ_D, DQ_D, dim=1)
-        dq = warpgroup_mma(ds.permute((1, 0)), k_part, dq_zero, use_acc=False, is_async=True)
-        mbarrier.wait(sm.q_ready.index(slot), (count // Q_STAGES) & 1)
-        s = warpgroup_mma(k_half, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-        dk_acc = warpgroup_mma(ds.slice(WG * HALF, HALF, dim=0), q_before, dk, is_async=True)
-
-        dq = warpgroup_mma_wait(2, [dq])  # [BLOCK_M, DQ_D], line 15
-        _hand_over_dq(dq, sm, dq_desc, count - 1, WG)
-
-        mbarrier.wait(sm.do_ready.index(stage), (count // DO_STAGES) & 1)
-        dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(2, [s])  # [HALF, BLOCK_M], line 10
-        edge = edge_n
-        if MASKED and CAUSAL:
-            edge = edge_n - it % masked * BLOCK_M
-        p = _probabilities(s, sm, slot, qk_scale, edge, WG, BLOCK_M, HALF, CAUSAL, MASKED, s_layout)
-        p_half = gl.convert_layout(p.to(dtype), a_layout)
-        # dV consumes P, so ptxas cannot move the exponentials behind the wait for dP
-        dv_acc = warpgroup_mma(p_half, do, dv, is_async=True)
-        dk = warpgroup_mma_wait(2, [dk_acc])  # [HALF, HEAD_DIM], line 16
-        barrier_arrive(Q_EMPTY + before, CONSUMERS_AND_LOADER)
-
-        delta = sm.delta.index(stage).load(gl.SliceLayout(0, s_layout))
-        dp = warpgroup_mma_wait(1, [dp])  # [HALF, BLOCK_M], line 13
-        ds_half = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)  # line 14
-        # One barrier an iteration does for two buffers: who writes dS(j) has passed the barrier of
-        # j - 1, and before that one both consumers had waited for all that read dS(j - 2).
-        sm.ds.index(stage).slice(WG * HALF, HALF, dim=0).store(ds_half)
-        fence_async_shared()  # stores of threads before reads of the tensor cores
-        barrier_sync(EXCHANGE, CONSUMERS)
-        dv, p_half = warpgroup_mma_wait(0, [dv_acc, p_half])  # [HALF, HEAD_DIM], line 12
-        barrier_arrive(DO_EMPTY + stage, CONSUMERS_AND_LOADER)
-    return dk, dv
+def _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, count, WG: gl.constexpr):
+    """What is left of a tile when the next has begun: consumer 0's last part of dQ, and dK."""
+    if WG == 0:
+        _hand_over_dq(dq, sm, dq_desc, count, WG)
+    dk = dk * (qk_scale * 0.6931471805599453)  # scale = qk_scale / log2(e)
+    _hand_over(dk, sm, dk_desc, count + 1, WG)
 
 
 @gluon.jit
-def _consumer(
-    WG: gl.constexpr, sm, problem, dq_desc, qk_scale,
-    HEAD_DIM: gl.constexpr,
+def _dq_part(sm, buffer, k, problem, WG: gl.constexpr):
+    """Issue consumer WG's part of dQ = dS K (line 15), by rows or by columns."""
+    BLOCK_M: gl.constexpr = problem.BLOCK_M
+    HEAD_DIM: gl.constexpr = problem.HEAD_DIM
+    ds = sm.ds.index(buffer)  # [BLOCK_N, BLOCK_M]
+    if problem.SPLIT_ROWS:
+        ROWS: gl.constexpr = BLOCK_M // 2
+        COLUMNS: gl.constexpr = HEAD_DIM
+        ds = ds.slice(WG * ROWS, ROWS, dim=1)
+    else:
+        ROWS: gl.constexpr = BLOCK_M
+        COLUMNS: gl.constexpr = HEAD_DIM // 2
+        k = k.slice(WG * COLUMNS, COLUMNS, dim=1)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    zero = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
+    return warpgroup_mma(ds.permute((1, 0)), k, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _elementwise(
+    s, dp, sm, problem, work, it, slot, buffer, qk_scale, WG: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: keys WG * BLOCK_N / 2 and up of every tile that the CTA draws."""
+    """From S and dP in flight to P and dS, as operands in half precision; dS to shared memory."""
+    BLOCK_M: gl.constexpr = problem.BLOCK_M
+    HALF: gl.constexpr = problem.BLOCK_N // 2
     dtype: gl.constexpr = sm.q.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.HEAD_DIM, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    meet()  # this buffer of dS, read two turns ago, will be written
+    s = warpgroup_mma_wait(1, [s])  # [HALF, BLOCK_M], line 10
+    lse = sm.lse.index(slot).load(gl.SliceLayout(0, s_layout))
+    s = s * qk_scale - gl.expand_dims(lse, 0)
+    if problem.CAUSAL:
+        if it < work.masked * work.heads:
+            edge_n = work.edge_n - it % work.masked * BLOCK_M
+            offs_n = WG * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, s_layout))
+            # it >> 30 is 0: without it the compiler would keep these in registers for good
+            offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout)) + (it >> 30)
+            visible = gl.expand_dims(offs_n + edge_n, 1) <= gl.expand_dims(offs_m, 0)
+            s = gl.where(visible, s, float("-inf"))
+    elif problem.RAGGED:
+        # Keys past the end are zeros. Their rows of dV and dK are not stored, and in dQ they meet
+        # the zeros of K: P = exp(-LSE) does no harm there if only it is finite.
+        s = gl.minimum(s, 1.0)
+    p = gl.exp2(s)  # line 11
+    p_half = gl.convert_layout(p.to(dtype), a_layout)
+
+    delta = sm.delta.index(slot).load(gl.SliceLayout(0, s_layout))
+    dp = warpgroup_mma_wait(0, [dp])  # [HALF, BLOCK_M], line 13
+    ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)  # line 14
+    sm.ds.index(buffer).slice(WG * HALF, HALF, dim=0).store(ds)
+    # Stores of threads before reads of the tensor cores: of dS, and of the dQ that was put on the
+    # way out before. A fence takes long, so this one does for both.
+    fence_async_shared()
+    return p_half, gl.convert_layout(ds, a_layout)
+
+
+@gluon.jit
+def _tiles(
+    WG: gl.constexpr, sm, problem, dq_desc, work, k_slot, dk, dv, p, ds, total, base, qk_scale,
+):  # fmt: skip
+    """Consumer WG's turns from the second on: gradients of a query tile, scores of the next."""
     BLOCK_M: gl.constexpr = problem.BLOCK_M
     BLOCK_N: gl.constexpr = problem.BLOCK_N
-    Q_STAGES: gl.constexpr = sm.q.shape[0]
-    CAUSAL: gl.constexpr = problem.CAUSAL
-    MASKED: gl.constexpr = problem.CAUSAL or problem.RAGGED
+    HEAD_DIM: gl.constexpr = problem.HEAD_DIM
+    STAGES: gl.constexpr = sm.q.shape[0]
     HALF: gl.constexpr = BLOCK_N // 2
-    DQ_D: gl.constexpr = HEAD_DIM // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+
+    s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    for it in range(1, total):
+        count = base + it
+        slot, before = count % STAGES, (count - 1) % STAGES
+        phase = (count // STAGES) & 1
+        # Plus 0 in a form that the compiler cannot see through: it would otherwise keep a matrix
+        # descriptor for each slice of K and V in registers over the loop, and spill.
+        k = sm.k.index(k_slot + (it >> 30)).reshape([BLOCK_N, HEAD_DIM])
+        v = sm.v.index(it >> 30).reshape([BLOCK_N, HEAD_DIM])
+        q = sm.q.index(slot).reshape([BLOCK_M, HEAD_DIM])
+        q_before = sm.q.index(before).reshape([BLOCK_M, HEAD_DIM])
+        do = sm.do.index(slot).reshape([BLOCK_M, HEAD_DIM])
+        do_before = sm.do.index(before).reshape([BLOCK_M, HEAD_DIM])
+
+        # What a turn may rely on: the other's last turn is over but for its last product. So both
+        # halves of the dS that dQ reads are written. And the other has waited for its dQ then: the
+        # buffer of dS that is written after this turn is read by nobody any more.
+        barrier_sync(TURN + WG, CONSUMERS)
+        # dQ(it - 2) or dQ(it - 1). At it = 1 consumer 0 has none to compute, and drops what it
+        # gets: with a branch around a product ptxas would serialise them all.
+        dq = _dq_part(sm, (count + WG) & 1, k, problem, WG)
+        dv_acc = warpgroup_mma(p, do_before, dv, is_async=True)
+        if problem.DS_REGISTERS:
+            dk_acc = warpgroup_mma(ds, q_before, dk, is_async=True)
+        else:
+            ds_half = sm.ds.index(before).slice(WG * HALF, HALF, dim=0)
+            dk_acc = warpgroup_mma(ds_half, q_before, dk, is_async=True)
+        dq = warpgroup_mma_wait(2, [dq])
+        if WG == 0:
+            if it >= 2:
+                _put_dq(dq, sm, dq_desc, count, WG)
+        else:
+            _put_dq(dq, sm, dq_desc, count - 1, WG)
+
+        mbarrier.wait(sm.q_ready.index(slot), phase)
+        if problem.DS_REGISTERS:  # registers: P must be gone before S comes
+            dv, p = warpgroup_mma_wait(1, [dv_acc, p])  # [HALF, HEAD_DIM], line 12
+        k_half = k.slice(WG * HALF, HALF, dim=0)
+        s = warpgroup_mma(k_half, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        if problem.DS_REGISTERS:
+            dk, ds = warpgroup_mma_wait(1, [dk_acc, ds])  # [HALF, HEAD_DIM], line 16
+        else:
+            dv, dk, p = warpgroup_mma_wait(1, [dv_acc, dk_acc, p])
+        barrier_arrive(EMPTY + before, CONSUMERS_AND_LOADER)
+        mbarrier.wait(sm.do_ready.index(slot), phase)
+        v_half = v.slice(WG * HALF, HALF, dim=0)
+        dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        barrier_arrive(TURN + (1 - WG), CONSUMERS)
+
+        p, ds = _elementwise(s, dp, sm, problem, work, it, slot, count & 1, qk_scale, WG)
+        if WG == 0:
+            if it >= 2:
+                barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
+        else:
+            barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
+        meet()  # before the turn rather than in it: the tensor cores read dS
+    return dk, dv, p, ds
+
+
+@gluon.jit
+def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
+    """Four warps: keys WG * BLOCK_N / 2 and up of every tile that the CTA draws."""
+    BLOCK_M: gl.constexpr = problem.BLOCK_M
+    BLOCK_N: gl.constexpr = problem.BLOCK_N
+    HEAD_DIM: gl.constexpr = problem.HEAD_DIM
+    STAGES: gl.constexpr = sm.q.shape[0]
+    HALF: gl.constexpr = BLOCK_N // 2
+    DQ_M: gl.constexpr = BLOCK_M // 2 if problem.SPLIT_ROWS else BLOCK_M
+    DQ_D: gl.constexpr = HEAD_DIM if problem.SPLIT_ROWS else HEAD_DIM // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_D, 16])
-    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
 
+    s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
+    dk = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
+    dq = gl.zeros([DQ_M, DQ_D], gl.float32, dq_layout)
     base = gl.to_tensor(0)  # query tiles of the key tiles before this one
     turn = gl.to_tensor(0)
     place = sm.receive(turn, 4)
+    if place < problem.size():  # consumer 1 gives the first turn away
+        if WG == 0:
+            barrier_sync(TURN + WG, CONSUMERS)
+        else:
+            barrier_arrive(TURN + (1 - WG), CONSUMERS)
     while place < problem.size():
         work = problem.work(place)
-        edge = work.masked * work.heads
         total = work.tiles * work.heads
-        slot = base % Q_STAGES
-        stage = base % DO_STAGES
-        k = sm.k.index(turn >> 30).reshape([BLOCK_N, HEAD_DIM])
+        slot, phase = base % STAGES, (base // STAGES) & 1
+        k_slot, k_phase = turn % STAGES, (turn // STAGES) & 1
+        k = sm.k.index(k_slot).reshape([BLOCK_N, HEAD_DIM])
         v = sm.v.index(turn >> 30).reshape([BLOCK_N, HEAD_DIM])
         q = sm.q.index(slot).reshape([BLOCK_M, HEAD_DIM])
-        do = sm.do.index(stage).reshape([BLOCK_M, HEAD_DIM])
+        do = sm.do.index(slot).reshape([BLOCK_M, HEAD_DIM])
         k_half = k.slice(WG * HALF, HALF, dim=0)
         v_half = v.slice(WG * HALF, HALF, dim=0)
-        s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-        dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
-        dk = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
 
         # the first query tile: scores, no gradients yet
-        mbarrier.wait(sm.k_ready, turn & 1)
-        mbarrier.wait(sm.q_ready.index(slot), (base // Q_STAGES) & 1)
+        if WG == 1:  # consumer 0 has kept the turn of its last dQ
+            barrier_sync(TURN + WG, CONSUMERS)
+        mbarrier.wait(sm.k_ready.index(k_slot), k_phase)
+        mbarrier.wait(sm.q_ready.index(slot), phase)
         s = warpgroup_mma(k_half, q.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         mbarrier.wait(sm.v_ready, turn & 1)
-        mbarrier.wait(sm.do_ready.index(stage), (base // DO_STAGES) & 1)
+        mbarrier.wait(sm.do_ready.index(slot), phase)
         dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, [s])
-        p = _probabilities(
-            s, sm, slot, qk_scale, work.edge_n, WG, BLOCK_M, HALF, CAUSAL, MASKED, s_layout
-        )
-        p_half = gl.convert_layout(p.to(dtype), a_layout)
-        dv_acc = warpgroup_mma(p_half, do, dv, is_async=True)
-        delta = sm.delta.index(stage).load(gl.SliceLayout(0, s_layout))
-        dp = warpgroup_mma_wait(1, [dp])
-        ds_half = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
-        sm.ds.index(stage).slice(WG * HALF, HALF, dim=0).store(ds_half)
-        fence_async_shared()
-        barrier_sync(EXCHANGE, CONSUMERS)
-        dv, p_half = warpgroup_mma_wait(0, [dv_acc, p_half])
-        barrier_arrive(DO_EMPTY + stage, CONSUMERS_AND_LOADER)
+        barrier_arrive(TURN + (1 - WG), CONSUMERS)
+        s, dp = warpgroup_mma_wait(0, [s, dp])
+        if base > 0:
+            _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, base, WG)
+        p, ds = _elementwise(s, dp, sm, problem, work, turn >> 30, slot, base & 1, qk_scale, WG)
+        meet()
 
-        if MASKED:
-            dk, dv = _tiles(
-                WG, sm, dq_desc, dk, dv, 1, edge, base, qk_scale, work.edge_n, work.masked,
-                BLOCK_M, BLOCK_N, HEAD_DIM, CAUSAL, True,
-            )  # fmt: skip
-            dk, dv = _tiles(
-                WG, sm, dq_desc, dk, dv, gl.maximum(edge, 1), total, base, qk_scale, work.edge_n,
-                work.masked, BLOCK_M, BLOCK_N, HEAD_DIM, CAUSAL, False,
-            )  # fmt: skip
-        else:
-            dk, dv = _tiles(
-                WG, sm, dq_desc, dk, dv, 1, total, base, qk_scale, work.edge_n, work.masked,
-                BLOCK_M, BLOCK_N, HEAD_DIM, CAUSAL, False,
-            )  # fmt: skip
+        dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
+        dk = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
+        dk, dv, p, ds = _tiles(
+            WG, sm, problem, dq_desc, work, k_slot, dk, dv, p, ds, total, base, qk_scale
+        )
         base += total
 
         # the last query tile: its gradients
         mbarrier.arrive(sm.v_empty, count=1)
-        last = (base - 1) % Q_STAGES
-        ds = sm.ds.index((base - 1) % DO_STAGES)
-        k_part = k.slice(WG * DQ_D, DQ_D, dim=1)
-        dq_zero = gl.zeros([BLOCK_M, DQ_D], gl.float32, dq_layout)
-        dq = warpgroup_mma(ds.permute((1, 0)), k_part, dq_zero, use_acc=False, is_async=True)
+        last = (base - 1) % STAGES
         q = sm.q.index(last).reshape([BLOCK_M, HEAD_DIM])
-        dk_acc = warpgroup_mma(ds.slice(WG * HALF, HALF, dim=0), q, dk, is_async=True)
-        _hand_over(dv, sm, base - 1, WG)
-        dq = warpgroup_mma_wait(1, [dq])
-        mbarrier.arrive(sm.k_empty, count=1)
-        _hand_over_dq(dq, sm, dq_desc, base, WG)
-        dk = warpgroup_mma_wait(0, [dk_acc])
-        barrier_arrive(Q_EMPTY + last, CONSUMERS_AND_LOADER)
-        # scale = qk_scale / log2(e)
-        _hand_over(dk * (qk_scale * 0.6931471805599453), sm, base + 1, WG)
+        do = sm.do.index(last).reshape([BLOCK_M, HEAD_DIM])
+        barrier_sync(TURN + WG, CONSUMERS)
+        dq = _dq_part(sm, (base + WG) & 1, k, problem, WG)
+        dv_acc = warpgroup_mma(p, do, dv, is_async=True)
+        if problem.DS_REGISTERS:
+            dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
+        else:
+            ds_half = sm.ds.index((base - 1) & 1).slice(WG * HALF, HALF, dim=0)
+            dk_acc = warpgroup_mma(ds_half, q, dk, is_async=True)
+        dq = warpgroup_mma_wait(2, [dq])
+        if WG == 0:
+            if total >= 2:
+                _hand_over_dq(dq, sm, dq_desc, base, WG)
+        else:
+            mbarrier.arrive(sm.k_empty.index(k_slot), count=1)
+            _hand_over_dq(dq, sm, dq_desc, base - 1, WG)
+        barrier_arrive(TURN + (1 - WG), CONSUMERS)
+        if problem.DS_REGISTERS:
+            dv, dk, p, ds = warpgroup_mma_wait(0, [dv_acc, dk_acc, p, ds])
+        else:
+            dv, dk, p = warpgroup_mma_wait(0, [dv_acc, dk_acc, p])
+        barrier_arrive(EMPTY + last, CONSUMERS_AND_LOADER)
+        _hand_over(dv, sm, dk_desc, base - 1 + WG, WG)
+        if WG == 0:  # its last dQ; the turn is kept for the scores of the next tile
+            barrier_sync(TURN + WG, CONSUMERS)
+            dq = _dq_part(sm, (base - 1) & 1, k, problem, WG)
+            dq = warpgroup_mma_wait(0, [dq])
+            mbarrier.arrive(sm.k_empty.index(k_slot), count=1)
         turn += 1
         place = sm.receive(turn, 4)
+    if base > 0:
+        _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, base, WG)
 
 
-SIZES = ("H", "H_KV", "N_Q", "N_K", "N_PAD", "UNITS", "SECTION", "SPLIT")
+SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "SPLIT")
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    next_ptr, qk_scale, H, H_KV, N_Q, N_K, N_PAD, UNITS, SECTION, SPLIT,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, Q_STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, RAGGED: gl.constexpr,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
+    lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout(0, 32, rank=2)
     mail_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    OUT: gl.constexpr = BLOCK_M * HEAD_DIM // 2  # 4-byte elements of a consumer's dQ
     sm = Shared(
-        gl.allocate_shared_memory(dtype, [Q_STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout),
-        gl.allocate_shared_memory(dtype, [DO_STAGES, 1, 1, BLOCK_M, HEAD_DIM], do_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [Q_STAGES, BLOCK_M], lse_desc.layout),
-        gl.allocate_shared_memory(gl.float32, [DO_STAGES, BLOCK_M], delta_desc.layout),
-        gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], do_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], rows_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout),
         gl.allocate_shared_memory(dtype, [1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout),
         gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], ds_layout),
-        gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK_N // 2, HEAD_DIM], dv_desc.layout),
-        gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier),
-        gl.allocate_shared_memory(gl.int64, [DO_STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.float32, [2, OUT // 256, 256], out_layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
-        gl.allocate_shared_memory(gl.int64, [1], barrier),
-        gl.allocate_shared_memory(gl.int64, [1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
         gl.allocate_shared_memory(gl.int32, [2, 1], mail_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
     )
-    for i in gl.static_range(Q_STAGES):
+    for i in gl.static_range(STAGES):
         mbarrier.init(sm.q_ready.index(i), count=1)
-    for i in gl.static_range(DO_STAGES):
         mbarrier.init(sm.do_ready.index(i), count=1)
+        mbarrier.init(sm.k_ready.index(i), count=1)
+        mbarrier.init(sm.k_empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(sm.out_empty.index(i), count=1)
         mbarrier.init(sm.mail_ready.index(i), count=1)
         mbarrier.init(sm.mail_empty.index(i), count=3)  # two consumers and the writer
-    mbarrier.init(sm.k_ready, count=1)
     mbarrier.init(sm.v_ready, count=1)
-    mbarrier.init(sm.k_empty, count=2)
     mbarrier.init(sm.v_empty, count=2)
 
     problem = Problem(
-        H, H_KV, N_Q, N_K, N_PAD, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, CAUSAL, RAGGED
-    )
+        H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, HEAD_DIM,
+        SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+    )  # fmt: skip
     # 12 warps of 168 registers are launched; the last four (loader, writer, two idle) give up all
     # but 24, and both consumers get 240. Consumer 0 runs on the kernel's own warps.
     gl.warp_specialize(
         [
-            (_consumer, (0, sm, problem, dq_desc, qk_scale, HEAD_DIM)),
-            (_consumer, (1, sm, problem, dq_desc, qk_scale, HEAD_DIM)),
-            (
-                _loader,
-                (sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc),
-            ),
-            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc)),
+            (_consumer, (0, sm, problem, dq_desc, dk_desc, qk_scale)),
+            (_consumer, (1, sm, problem, dq_desc, dk_desc, qk_scale)),
+            (_loader, (sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc)),
+            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr)),
         ],
         [4, 1, 1],
         [240, 24, 24],
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BH"])
 def _prepare_kernel(
-    o_ptr, do_ptr, lse_ptr, lse_log2_ptr, delta_ptr, dq_acc_ptr, next_ptr,
+    o_ptr, do_ptr, lse_ptr, rows_ptr, dq_acc_ptr, next_ptr,
     stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
     stride_lb, stride_lh, stride_lm,
-    H, N_Q, N_PAD,
+    H, N_Q, N_PAD, BH,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o ∘ do) (line 4) and LSE in base 2, padded to whole tiles; zeros for dQ.
+    """LSE in base 2 and delta = rowsum(o ∘ do) (line 4), padded to whole tiles; zeros for dQ.
 
     Bound by device memory: 2 + 2 bytes read and 4 written an element of O.
     """
@@ -720,8 +839,8 @@ def _prepare_kernel(
         tl.store(next_ptr, 0)  # the next kernel counts its tiles there
     row = (b * H + h) * N_PAD + offs_m
     inside = offs_m < N_PAD
-    tl.store(lse_log2_ptr + row, lse_log2, inside)
-    tl.store(delta_ptr + row, delta, inside)
+    tl.store(rows_ptr + row, lse_log2, inside)
+    tl.store(rows_ptr + BH.to(tl.int64) * N_PAD + row, delta, inside)
     zero = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     tl.store(dq_acc_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], zero, inside[:, None])
 
@@ -729,7 +848,7 @@ def _prepare_kernel(
 @triton.jit
 def _finish_kernel(
     dq_acc_ptr, dq_ptr, stride_qb, stride_qh, stride_qm, scale, H, N_Q, N_PAD,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT_ROWS: tl.constexpr,
 ):  # fmt: skip
     """dq = scale · accumulator, rows and columns put back, rounded: 4 bytes read, 2 written."""
     tiles = N_PAD // BLOCK_M
@@ -739,9 +858,14 @@ def _finish_kernel(
     tile = ((b * H + h) * N_PAD + start_m) * HEAD_DIM
     dq = tl.load(dq_acc_ptr + tile + tl.arange(0, BLOCK_M * HEAD_DIM)) * scale
 
-    # (part, j, warp, quad, lane, i, e), see _hand_over_dq -> (warp, i, quad) x (part, j, lane, e)
+    # (part, j, warp, quad, lane, i, e), see _put_dq -> (warp, i, quad) x (j, lane, e), with the
+    # part before either the rows or the columns
     dq = dq.to(dq_ptr.dtype.element_ty).reshape([2, BLOCK_M * HEAD_DIM // 1024, 4, 8, 4, 2, 2])
-    dq = dq.permute((2, 5, 3, 0, 1, 4, 6)).reshape([BLOCK_M, HEAD_DIM])
+    if SPLIT_ROWS:  # noqa: SIM108
+        dq = dq.permute((0, 2, 5, 3, 1, 4, 6))
+    else:
+        dq = dq.permute((2, 5, 3, 0, 1, 4, 6))
+    dq = dq.reshape([BLOCK_M, HEAD_DIM])
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEAD_DIM)
@@ -763,40 +887,38 @@ def _tma_ready(t):
 
 
 def _describe(t, rows, columns):
-    """TMA descriptor of a (B, H, N, D) tensor in tiles [1, 1, rows, columns].
-
-    One dimension a head: past the end of a head the copy engine reads zeros and writes nothing.
-    """
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    """TMA descriptor of a half-precision (B, H, N, D) tensor in tiles [1, 1, rows, columns]."""
     # a dimension of size 1 may carry any stride; the descriptor wants a multiple of 16 bytes
     sizes = zip(t.stride()[:-1], t.shape[:-1], strict=True)
     strides = [s if n > 1 else 8 * columns for s, n in sizes] + [1]
-    return TensorDescriptor(t, list(t.shape), strides, [1, 1, rows, columns], layout)
+    return _gluon.descriptor(t, t.shape, strides, [1, 1, rows, columns])
 
 
-def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
+def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False):
     """Gradients of q, k and v from that of o; o and lse (natural, fp32) as the forward gave them.
 
     do, q and o (B, H, N_Q, D), k and v (B, H_KV, N_K, D), fp16 or bf16, D at most 128; lse
     (B, H, N_Q). Any strides; where those of q, k, v, do are not multiples of 16 bytes, at a copy.
-    allow_tf32 changes nothing in half precision.
+    With `deterministic` dq is bitwise repeatable, as dk and dv always are. allow_tf32 changes
+    nothing in half precision.
 
     Raises ValueError for other dtypes and larger head dims.
     """
     B, H, N_Q, D = q.shape
     H_KV, N_K = k.shape[1:3]
-    if q.dtype not in HALF_DTYPES:
-        raise ValueError(f"q: expected a dtype among {[*map(str, HALF_DTYPES)]}, got {q.dtype}")
+    if q.dtype not in _host.HALF_DTYPES:
+        names = [*map(str, _host.HALF_DTYPES)]
+        raise ValueError(f"q: expected a dtype among {names}, got {q.dtype}")
     if D > MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got {D}")
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return tuple(_host.empty_like(t).zero_() for t in (q, k, v))
     c = _config(D)
 
     # A unit is a key head with its query heads. Where that gives fewer tiles than multiprocessors,
     # the query heads are split over several units and their dK and dV summed afterwards.
-    tiles_n = triton.cdiv(N_K, c.block_n)
-    programs = multiprocessors(q.device)
+    tiles_m, tiles_n = triton.cdiv(N_Q, c.block_m), triton.cdiv(N_K, c.block_n)
+    programs = _gluon.multiprocessors(q.device)
     split = 1
     while B * H_KV * split * tiles_n < programs and H // H_KV % (2 * split) == 0:
         split *= 2
@@ -804,48 +926,63 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     section = 1
     if causal:  # Q, dO and the accumulator of dQ take 2, 2 and 4 bytes an element
         section = max(1, min(units, L2_BYTES // (heads * N_Q * c.head_dim * 8)))
-    n_pad = triton.cdiv(N_Q, c.block_m) * c.block_m
+    n_pad = tiles_m * c.block_m
 
-    dq = torch.empty_like(q)
-    width = -(-D // 8) * 8  # of a row that the copy engine can address
-    dk, dv = (q.new_empty(B, H_KV * split, N_K, width) for _ in range(2))
-    dq_acc = torch.empty(B * H * n_pad, c.head_dim, device=q.device, dtype=torch.float32)
+    dq, dk, dv = (_host.empty_like(t) for t in (q, k, v))
+    dk_parts, dv_parts = dk, dv
+    direct = split == 1 and D % 8 == 0  # the copy engine can write the result itself
+    if not direct:
+        dk_parts, dv_parts = q.new_empty(2, B, H_KV * split, N_K, -(-D // 8) * 8)
+    dq_acc = torch.empty(B * H * n_pad * c.head_dim // 256, 256, device=q.device)
+    rows = torch.empty(2 * B * H * n_pad, device=q.device)  # LSE in base 2, and delta
     counter = torch.empty(1, device=q.device, dtype=torch.int32)
-    lse_log2, delta = torch.empty(2, B * H * n_pad, device=q.device, dtype=torch.float32)
+    locks = counter
+    if deterministic:  # one for each half of a query tile
+        locks = torch.zeros(2 * B * H * tiles_m, device=q.device, dtype=torch.int32)
+
     o, do = (t if t.stride(-1) == 1 else t.contiguous() for t in (o, do))
-    rows = 8192 // c.head_dim
-    _prepare_kernel[(triton.cdiv(n_pad, rows) * B * H,)](
-        o, do, lse, lse_log2, delta, dq_acc, counter,
-        *o.stride()[:3], *do.stride()[:3], *lse.stride(), H, N_Q, n_pad,
-        D, c.head_dim, rows, num_warps=8,
+    block = 8192 // c.head_dim
+    key = _host.launch_key((o, do), (*lse.stride(), H, N_Q, n_pad), D)
+    _host.launch(
+        _prepare_kernel,
+        key if lse.data_ptr() % 16 == 0 else None,
+        (triton.cdiv(n_pad, block) * B * H, 1, 1),
+        o, do, lse, rows, dq_acc, counter,
+        *o.stride()[:3], *do.stride()[:3], *lse.stride(), H, N_Q, n_pad, B * H,
+        D, c.head_dim, block, num_warps=8,
     )  # fmt: skip
 
     q, k, v, do = (_tma_ready(t) for t in (q, k, v, do))
-    vector = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     part = [c.block_m * c.head_dim // 2 // 256, 256]  # a consumer's of dQ
-    _backward_kernel[(min(units * tiles_n, programs),)](
+    ragged = N_K % c.block_n != 0
+    _host.launch(
+        _backward_kernel,
+        (q.get_device(), q.dtype, c, causal, ragged, deterministic),
+        (min(units * tiles_n, programs), 1, 1),
         _describe(q, c.block_m, c.head_dim),
         _describe(k, c.block_n, c.head_dim),
         _describe(v, c.block_n, c.head_dim),
         _describe(do, c.block_m, c.head_dim),
-        TensorDescriptor.from_tensor(lse_log2, [c.block_m], vector),
-        TensorDescriptor.from_tensor(delta, [c.block_m], vector),
-        TensorDescriptor.from_tensor(dq_acc.view(-1, 256), part, flat),
-        _describe(dk, c.block_n // 2, c.head_dim),
-        _describe(dv, c.block_n // 2, c.head_dim),
-        counter, scale * LOG2E, H, H_KV, N_Q, N_K, n_pad, units, section, split,
-        c.block_m, c.block_n, c.head_dim, c.q_stages, causal, N_K % c.block_n != 0,
-        num_warps=4,
+        TensorDescriptor(rows, rows.shape, (1,), [c.block_m], FP32[1]),
+        TensorDescriptor(dq_acc, dq_acc.shape, (256, 1), part, FP32[2]),
+        _describe(dk_parts, c.block_n // 2, c.head_dim),
+        _describe(dv_parts, c.block_n // 2, c.head_dim),
+        locks, counter, scale * _host.LOG2E,
+        H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, split,
+        c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,
+        causal, ragged, deterministic, num_warps=4,
     )  # fmt: skip
-    _finish_kernel[(n_pad // c.block_m * B * H,)](
+    _host.launch(
+        _finish_kernel,
+        _host.launch_key((dq,), (H, N_Q, n_pad), D),
+        (tiles_m * B * H, 1, 1),
         dq_acc, dq, *dq.stride()[:3], scale, H, N_Q, n_pad, D,
-        c.block_m, c.head_dim, num_warps=8,
+        c.block_m, c.head_dim, c.split_rows, num_warps=8,
     )  # fmt: skip
 
-    if split > 1:
-        dk, dv = (t.unflatten(1, (H_KV, split)).sum(2, dtype=torch.float32) for t in (dk, dv))
-        dk, dv = dk.to(q.dtype), dv.to(q.dtype)
-    if width != D:
-        dk, dv = dk[..., :D].contiguous(), dv[..., :D].contiguous()
+    if not direct:
+        for whole, parts in ((dk, dk_parts), (dv, dv_parts)):
+            if split > 1:
+                parts = parts.unflatten(1, (H_KV, split)).sum(2, dtype=torch.float32)
+            whole.copy_(parts[..., :D])
     return dq, dk, dv
