@@ -406,7 +406,7 @@ def parse(argv):
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--device", type=common.device_argument, default=None,
         help="cpu, cuda or cuda:INDEX (default: cuda where there is one)")  # fmt: skip
-    add("--budget", type=common.positive, default=48, metavar="SECONDS",
+    add("--budget", type=common.positive, default=58, metavar="SECONDS",
         help="end within this time (default: %(default)s)")  # fmt: skip
     add("--seed", type=int, default=0, help="of the data (default: 0)")
     add("--out", type=Path, metavar="FILE",
