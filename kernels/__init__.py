@@ -43,9 +43,13 @@ def choose(q, k, v, *, backward=False):
         return "v7_hopper_backward" if fits else "v3_tma"
     if d % 8 or (work < FORWARD_MIN_WORK and n_k < FORWARD_MIN_KEYS):
         return "v3_tma"
-    if any((t.data_ptr() | (t.stride(i) * 2)) & 15 for t in (q, k, v) for i in range(3)):
-        return "v3_tma"
-    return "v6_persistent"
+    return "v6_persistent" if _aligned(q) and _aligned(k) and _aligned(v) else "v3_tma"
+
+
+def _aligned(t):
+    """Whether the copy engine can address a half-precision tensor: in steps of 16 bytes."""
+    b, h, n, _ = t.stride()
+    return not (t.data_ptr() | (b | h | n) << 1) & 15
 
 
 @functools.cache
@@ -61,7 +65,7 @@ def forward(q, k, v, causal, scale, allow_tf32, deterministic=False):
 def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False):
     """Launch on what forward took and returned. Returns dq, dk, dv, like q, k, v."""
     name = choose(q, k, v, backward=True)
-    how = {"deterministic": True} if deterministic and name == "v7_hopper_backward" else {}
+    how = {"deterministic": deterministic} if name == "v7_hopper_backward" else {}
     return _step(name).backward(do, q, k, v, o, lse, causal, scale, allow_tf32, **how)
 
 

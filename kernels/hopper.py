@@ -22,8 +22,9 @@ def forward(q, k, v, causal, scale, allow_tf32, deterministic=False):
 
 def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False):
     """Launch on what forward took and returned. Returns dq, dk, dv, like q, k, v."""
-    how = {"deterministic": True} if deterministic else {}
-    return v7_hopper_backward.backward(do, q, k, v, o, lse, causal, scale, allow_tf32, **how)
+    return v7_hopper_backward.backward(
+        do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=deterministic
+    )
 
 
 _op = _host.operator("hopper", forward, backward, flags=("deterministic",))
