@@ -123,16 +123,19 @@ class Estimate(NamedTuple):
     parts: dict  # matrix products, exponentials, memory bandwidth, launches
     gpu_ms: float  # as a graph's replay shows it
     host_ms: float  # of one eager call
-    time_ms: float  # as bench/seqlen.py times it: the host's work hides behind the cache flush
+    time_ms: float  # as bench/seqlen.py times it: events on the GPU, whose idling hides the host
     how: dict  # number -> its formula
     note: str = ""
 
     @property
     def bound(self):
-        """The resource that needs longest; the host where the GPU waits for it."""
-        if self.time_ms > self.gpu_ms + EVENT_US / 1e3:
-            return "launches (the host)"
+        """The resource of the GPU that needs longest."""
         return max(self.parts, key=self.parts.get)
+
+    @property
+    def waits(self):
+        """Whether an eager call waits for the host: the GPU is done before the next launch."""
+        return self.host_ms > self.time_ms
 
 
 def around(cell):
@@ -146,13 +149,12 @@ def around(cell):
     return times * flops, times * tensors * tokens * cell.E * SIZES[cell.dtype], times * 4
 
 
-def finish(cell, gpu, gpu_ms, host_us):
-    """(GPU, host, event) ms; the flush of the cache before a timed call gives the host a start."""
+def finish(cell, gpu_ms, host_us):
+    """(GPU, host, event) ms."""
     host_ms = (host_us + (HOST_BLOCK_US if cell.scope == "block" else 0)) / 1e3
     if cell.direction == "backward":
         host_ms *= 2
-    ahead = common.FLUSH_BYTES / gpu.copy * 1e3
-    return gpu_ms, host_ms, max(gpu_ms + EVENT_US / 1e3, host_ms - ahead)
+    return gpu_ms, host_ms, gpu_ms + EVENT_US / 1e3
 
 
 def naive(cell, gpu):
@@ -189,7 +191,7 @@ def naive(cell, gpu):
     gpu_ms = parts["matrix products"] + parts["memory bandwidth"] + parts["launches"]
     return Estimate(
         flops + more_flops, scores * forward, scores * size * passes + tensors + more_bytes,
-        naive_bytes(cell), parts, *finish(cell, gpu, gpu_ms, kernels * HOST_OP_US),
+        naive_bytes(cell), parts, *finish(cell, gpu_ms, kernels * HOST_OP_US),
         {
             "flops": how_flops, "exps": "B·H·N²" if forward else "0: P was kept",
             "bytes": f"{passes} passes over B·H·N² scores of {size} bytes, and q, k, v, o",
@@ -254,7 +256,7 @@ def flash(cell, gpu):
     return Estimate(
         4 * work * d * (1 if forward else 2.5) + more_flops, work, moved + more_bytes,
         flash_bytes(cell), parts,
-        *finish(cell, gpu, gpu_ms, HOST_US.get(cell.backend, HOST_UNKNOWN_US)),
+        *finish(cell, gpu_ms, HOST_US.get(cell.backend, HOST_UNKNOWN_US)),
         {
             "flops": f"{'4' if forward else '10'}·{TILE}²·D · B·H·{shape} tiles, n = ⌈N/{TILE}⌉",
             "exps": f"{TILE}² · B·H·{shape} tiles",
@@ -360,10 +362,12 @@ def verdict(cell, gpu, slow, quick):
     said = f"{winner} wins, {times:.2g} times as fast."
     if times < 1 + PROMISE["time"]:
         said = f"Too close to call: {winner} is ahead by {times - 1:.0%}, within the model's error."
-    gpu_ratio = slow.gpu_ms / quick.gpu_ms
-    if "host" in quick.bound or "host" in slow.bound:
-        said += f" By the GPU's own clock flash is {gpu_ratio:.2g} times as fast; what this call"
-        said += " waits for is the host that launches."
+    if slow.waits or quick.waits:
+        wall = max(slow.host_ms, slow.gpu_ms) / max(quick.host_ms, quick.gpu_ms)
+        said += (
+            f" That is the GPU's clock. Eager calls wait for the host that launches them: {name}"
+        )
+        said += f" takes {1 / wall:.2g} times naive's wall time."
     return said
 
 
@@ -413,15 +417,14 @@ def page(cell, gpu):
         row("memory added", "memory", "B", "memory"),
     ]
     times = [[p, ms(slow.parts[p]), ms(quick.parts[p]), per[p]] for p in slow.parts]
-    ahead = common.FLUSH_BYTES / gpu.copy * 1e3
     times += [
-        ["what binds", slow.bound, quick.bound, "the largest of the above, or the host"],
+        ["what binds", slow.bound, quick.bound, "the largest of the above"],
         ["GPU time", ms(slow.gpu_ms), ms(quick.gpu_ms),
          f"naive: {slow.how['time']}; flash: {quick.how['time']}"],
         ["host, eager call", ms(slow.host_ms), ms(quick.host_ms),
          f"naive: {HOST_OP_US} µs an operation; flash: measured at N = 128"],
         ["predicted time", ms(slow.time_ms), ms(quick.time_ms),
-         f"max(GPU + {EVENT_US:g} µs, host - {ahead * 1e3:.0f} µs): events, cache flushed before"],
+         f"GPU + {EVENT_US:g} µs: events around a call, the cache flushed before it"],
     ]  # fmt: skip
     if not fits(cell, gpu):
         for line in (times[-3], times[-1]):
