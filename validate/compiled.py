@@ -47,7 +47,8 @@ KNOWN_SPILLS = {
     ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 8),
     ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (64, 552),
     ("v3_tma", 256, "float32", "_dq_kernel"): (548, 580),
-    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 16),
+    ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 792),
+    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 300),
 }
 LENGTHS = (512, 16384)  # some launchers take another kernel for much work than for little
 
