@@ -28,7 +28,7 @@ CASES = [
     (128, "float16", True, 500, 4),
     (96, "bfloat16", True, 300, 1),
 ]
-# Not a byte spills with the Triton it was written and measured with. 3.7 comes out one register short
+# Not a byte spills with the Triton it was written and measured with. 3.7 is one register short
 # between the tiles, the assembler of later ones some more, in the loops too.
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 SPILLS = {(3, 6): 0, (3, 7): 24}.get(VERSION, 800)
