@@ -1,13 +1,13 @@
 """FlashAttention-2 in Triton, from the text book: attention that never writes its score matrix.
 
-Attention is O = softmax(scale · Q Kᵀ) V. The scores S and the probabilities P are N_Q × N_K: with
-16,384 tokens at half precision 512 MiB a head. `v0_naive` stores both; here a program holds one
-tile of them on chip, uses it and forgets it, so that memory grows with N and not with N².
+Attention is O = softmax(scale · Q Kᵀ) V. The scores S and the probabilities P are N_Q × N_K, 512
+MiB a head with 16,384 tokens at half precision. `v0_naive` stores both; here a program holds one
+tile of them on chip, uses it and forgets it: memory grows with N and not with N².
 
-The online softmax. A softmax needs its whole row's maximum and sum before it can normalise, but a
-tile of keys shows a piece of the row. So keep, over the keys seen so far, the maximum m, the sum
-l = Σ exp(s - m) and the unnormalised output acc = Σ exp(s - m) v. Where a tile raises m to m', all
-earlier terms carry exp(-m) and should carry exp(-m'): one multiplication mends them.
+A softmax needs its whole row's maximum and sum before it can normalise, but a tile of keys shows a
+piece of the row. So keep, over the keys seen so far, the maximum m, the sum l = Σ exp(s - m) and
+the unnormalised output acc = Σ exp(s - m) v. Where a tile raises m to m', all earlier terms carry
+exp(-m) and should carry exp(-m'): one multiplication mends them, the *online softmax*.
 
     alpha = exp(m - m')    l ← alpha l + Σ exp(s - m')    acc ← alpha acc + Σ exp(s - m') v
 
@@ -32,19 +32,15 @@ The backward (algorithm 2), ∘ being the product element by element:
 
 Differs from `v0_naive`: one kernel for three, no N² memory. Differs from the paper: algorithm 2
 adds dQ into device memory from every tile of keys (line 15). A kernel of its own recomputes two
-products, and sums in a fixed order, so that gradients repeat bit by bit.
+products, and sums in a fixed order: gradients repeat bit by bit. Limits: a head dim is padded to a
+power of two, in time as well; P and dS are rounded to the inputs' type; scores and sums are fp32.
 
-Limits: a head dim that is no power of two is padded to the next, in time as well. P and dS are
-rounded to the inputs' type for their products; scores and sums are fp32.
-
-Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s; torch 2.11.0, Triton 3.6.0,
-2026-11-22), at N = 512, 2048 and 16384:
+Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, TFLOP/s at N = 512, 2048, 16384; torch
+2.11.0, Triton 3.6.0, 2026-11-22; cuDNN's forward had 523, 646 and 646 at D = 128):
 
     D = 64   forward  277, 331, 350    causal  171, 279, 330    backward  226, 286, 309
     D = 128  forward  284, 385, 433    causal  189, 317, 400    backward  165, 211, 234
     D = 256  forward  324, 428, 443    causal  203, 333, 430    backward   73,  82,  81
-
-where cuDNN's forward had 523, 646 and 646 at D = 128, `v0_naive` some 50 at any length.
 """
 
 import torch
@@ -55,30 +51,32 @@ from . import _host
 
 # (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages tiles of the loop's operands in flight), by
 # padded head dim: for sm_90; for any GPU, within 99 KiB of shared memory; for fp32, which has no
-# tensor cores at full precision and whose operands fill the registers. On sm_90 a pipelined loop
-# (num_stages > 1) takes tiles of at least 64 both ways: smaller products do not run on wgmma, and
-# Triton 3.6 lets a loop with both kinds of product overwrite a tile that one of them still reads.
+# tensor cores at full precision. On sm_90 a pipelined loop (num_stages > 1) takes tiles of 64 and
+# more both ways: smaller products do not run on wgmma, and Triton 3.6 lets a loop with both kinds
+# of product overwrite a tile that one of them still reads.
 FORWARD = {
     64: ((128, 64, 4, 3), (128, 64, 4, 3), (32, 32, 8, 1)),
     128: ((128, 128, 8, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
     256: ((128, 64, 8, 2), (64, 32, 8, 2), (16, 16, 4, 1)),
 }
 DQ = {
-    64: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+    64: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 16, 4, 1)),
     128: ((128, 64, 8, 2), (64, 32, 4, 2), (16, 16, 4, 1)),
     256: ((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1)),
 }
 DKDV = {
     64: ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
-    128: ((64, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    128: ((64, 64, 8, 2), (32, 64, 8, 2), (32, 16, 8, 1)),
     256: ((32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)),
 }
 
 
-def _config(table, capability, head_dim, fp32):
-    """The tile of `table` for this GPU, head dim and type."""
-    sm_90, any_gpu, full_precision = table[max(64, 1 << (head_dim - 1).bit_length())]
-    return full_precision if fp32 else sm_90 if capability == (9, 0) else any_gpu
+@triton.jit
+def _program(N, H, BLOCK: tl.constexpr):
+    """(b, h, start): the head and the first row of the tile that this program has."""
+    tiles = tl.cdiv(N, BLOCK)
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
+    return pid_bh // H, pid_bh % H, tl.program_id(0) % tiles * BLOCK
 
 
 @triton.jit
@@ -125,15 +123,11 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, scale,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
-    H, GROUP, N_Q, N_K,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    H, GROUP, N_Q, N_K, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    start_m = tl.program_id(0) % tiles * BLOCK_M
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
-    b, h = pid_bh // H, pid_bh % H
+    b, h, start_m = _program(N_Q, H, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     q_ptr += b * stride_qb + h * stride_qh
@@ -172,7 +166,7 @@ def _forward_kernel(
     lse = m_i + tl.log(l_i)  # line 13; -inf there
 
     _store(o_ptr, offs_m, stride_om, N_Q, o, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + pid_bh * N_Q + offs_m, lse, offs_m < N_Q)
+    tl.store(lse_ptr + (b * H + h) * N_Q + offs_m, lse, offs_m < N_Q)
 
 
 @triton.jit
@@ -191,22 +185,19 @@ def _p_and_ds(
 
 @triton.jit
 def _delta_kernel(
-    o_ptr, do_ptr, delta_ptr,
-    stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
+    o_ptr, do_ptr, delta_ptr, stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
     H, N_Q, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO ∘ O): algorithm 2, line 4."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
-    offs_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, h, start_m = _program(N_Q, H, BLOCK_M)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
 
     o_ptr += b * stride_ob + h * stride_oh
     do_ptr += b * stride_dob + h * stride_doh
 
     o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
     do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D).to(tl.float32)
-    tl.store(delta_ptr + pid_bh * N_Q + offs_m, tl.sum(o * do, 1), offs_m < N_Q)
+    tl.store(delta_ptr + (b * H + h) * N_Q + offs_m, tl.sum(o * do, 1), offs_m < N_Q)
 
 
 @triton.jit
@@ -215,15 +206,11 @@ def _dq_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
     stride_dqb, stride_dqh, stride_dqm,
-    H, GROUP, N_Q, N_K,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    H, GROUP, N_Q, N_K, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries; its loop visits the tiles that the forward's visits."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    start_m = tl.program_id(0) % tiles * BLOCK_M
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
+    b, h, start_m = _program(N_Q, H, BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     q_ptr += b * stride_qb + h * stride_qh
@@ -234,8 +221,8 @@ def _dq_kernel(
 
     q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    lse = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
-    delta = tl.load(delta_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+    lse = tl.load(lse_ptr + (b * H + h) * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+    delta = tl.load(delta_ptr + (b * H + h) * N_Q + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
@@ -260,15 +247,11 @@ def _dkdv_kernel(
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_dob, stride_doh, stride_dom,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
-    H, GROUP, N_Q, N_K,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    H, GROUP, N_Q, N_K, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys: algorithm 2, one turn of its outer loop, without line 15."""
-    tiles = tl.cdiv(N_K, BLOCK_N)
-    start_n = tl.program_id(0) % tiles * BLOCK_N
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h_kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+    b, h_kv, start_n = _program(N_K, H // GROUP, BLOCK_N)
     offs_n = start_n + tl.arange(0, BLOCK_N)
 
     k_ptr += b * stride_kb + h_kv * stride_kh
@@ -281,12 +264,9 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # Queries before lo see none of these keys. Keys past the end need no mask: they only make rows
-    # of dk and dv that are not stored. Causal, every tile is masked: a second loop for the full
-    # ones, as in the other kernels, would need more registers than a thread has.
-    lo = 0
-    if CAUSAL:
-        lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
+    # Queries before lo see none of these keys. Keys past the end need no mask: their rows of dk and
+    # dv are not stored. Causal, all tiles are masked: two loops would need too many registers.
+    lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
     for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):  # the heads of queries that share k and v
         q_head = q_ptr + b * stride_qb + h * stride_qh
         do_head = do_ptr + b * stride_dob + h * stride_doh
@@ -301,20 +281,20 @@ def _dkdv_kernel(
             p, ds = _p_and_ds(
                 q, do, k, v, lse, delta, offs_m, offs_n, scale, N_Q, N_K, CAUSAL, CAUSAL, PRECISION
             )
-            p, ds = p.to(do.dtype), ds.to(q.dtype)
-            dv = tl.dot(tl.trans(p), do, dv, input_precision=PRECISION)  # line 12
-            dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)  # line 16
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)  # line 12
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)  # line 16
 
     _store(dk_ptr, offs_n, stride_dkn, N_K, dk * scale, HEAD_DIM, BLOCK_D)  # line 18
     _store(dv_ptr, offs_n, stride_dvn, N_K, dv, HEAD_DIM, BLOCK_D)
 
 
-def _tiles(table, q, allow_tf32):
-    """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
-    d, fp32 = q.shape[3], q.dtype == torch.float32
-    m, n, warps, stages = _config(table, _host.capability(q.device), d, fp32)
+def _config(table, q, allow_tf32):
+    """What a kernel is compiled for: its tile, the padded head dim, the precision; and how."""
+    block_d = max(16, 1 << (q.shape[3] - 1).bit_length())  # tl.dot takes powers of two from 16 on
+    sm_90, any_gpu, fp32 = table[max(64, block_d)]
+    half = sm_90 if _host.capability(q.device) == (9, 0) else any_gpu
+    m, n, warps, stages = fp32 if q.dtype == torch.float32 else half
     precision = "tf32" if allow_tf32 else "ieee"
-    block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
     return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
 
 
@@ -323,7 +303,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
     (B, H, N_Q, D), (_, H_KV, N_K, _) = q.shape, k.shape
     o = _host.empty_like(q)
     lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
-    m, n, d, precision, how = _tiles(FORWARD, q, allow_tf32)
+    m, n, d, precision, how = _config(FORWARD, q, allow_tf32)
     _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
         q, k, v, o, lse, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
@@ -338,14 +318,15 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     dq, dk, dv = _host.empty_like(q), _host.empty_like(k), _host.empty_like(v)
     delta = torch.empty_like(lse)
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    m, n, d, precision, how = _tiles(DQ, q, allow_tf32)
+    m, n, d, precision, how = _config(DQ, q, allow_tf32)
     grid = (-(-N_Q // m) * B * H,)
-    _delta_kernel[grid](o, do, delta, *o.stride()[:3], *do.stride()[:3], H, N_Q, D, m, d)
+    strides = (*o.stride()[:3], *do.stride()[:3])
+    _delta_kernel[grid](o, do, delta, *strides, H, N_Q, D, m, d, num_warps=8)
     _dq_kernel[grid](
         q, k, v, do, dq, lse, delta, scale, *qkv_strides, *do.stride()[:3], *dq.stride()[:3],
         H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,
     )  # fmt: skip
-    m, n, d, precision, how = _tiles(DKDV, q, allow_tf32)
+    m, n, d, precision, how = _config(DKDV, q, allow_tf32)
     _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
         q, k, v, do, dk, dv, lse, delta, scale,
         *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
@@ -361,11 +342,9 @@ def attention(q, k, v, *, causal=False, scale=None, return_lse=False, allow_tf32
     """softmax(scale · Q Kᵀ) V, with q (B, H, N_Q, D) and k, v (B, H_KV, N_K, D), H_KV dividing H.
 
     Any lengths, D from 1 to 256, fp16, bf16 or fp32 (allow_tf32 trades its accuracy for tensor
-    cores), any strides with a contiguous last dim. causal is aligned bottom-right; a row that sees
-    no key gives 0. scale is 1/sqrt(D) unless given. With return_lse also the logarithm of each
-    row's sum of exponentials, (B, H, N_Q) in fp32, without a gradient. Gradients repeat bit by bit.
-
-    Raises ValueError where the arguments do not fit.
+    cores), any strides with a contiguous last dim; else ValueError. causal aligns bottom-right; a
+    row that sees no key gives 0. scale is 1/sqrt(D) unless given. With return_lse also the log of
+    each row's sum of exponentials, (B, H, N_Q), fp32, no gradient. Gradients repeat bit by bit.
     """
     scale = _host.check(q, k, v, scale)
     o, lse = _op(q, k, v, causal, scale, allow_tf32)

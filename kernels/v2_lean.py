@@ -20,8 +20,8 @@ sums with the same programs, and leaves out what a tile does not need:
 
 3. **One loop.** v1 compiles its loops over keys twice, for full and for masked tiles, and masks
    every tile in its loop over queries. Here the mask is a branch that all threads of a program
-   take alike. The loads stay in flight to the end, where a second loop would start its own, and
-   the dK, dV kernel, whose registers are full, spills less.
+   take alike. The loads stay in flight to the end, where a second loop would start its own. The
+   dK, dV kernel walks through the tiles of all heads that share its keys in one loop, too.
 
 4. **Heavy tiles first.** Causal tiles differ in work by the length of the sequence. Started in the
    order of the queries, the longest come last, and the GPU waits for them with most of it idle.
@@ -228,7 +228,10 @@ def _dq_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 10
+        if q.dtype == tl.float32:  # without tensor cores ptxas would spill the operands of S = Q Kᵀ
+            s = tl.trans(tl.dot(k, tl.trans(q), input_precision=PRECISION))
+        else:
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 10
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 13
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # line 11
         if start_n >= full:  # not by s = -inf: a row without keys has lse = -inf, too
@@ -273,27 +276,32 @@ def _dkdv_kernel(
     if CAUSAL:
         lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (N_K - N_Q), 0), BLOCK_M) * BLOCK_M
-    for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):  # the heads of queries that share k and v
+    # One loop through the tiles of all heads of queries that share k and v: its loads never pause.
+    # It always runs (on zeros for N_Q = 0): around one that might not, ptxas would overlap nothing.
+    h, start_m = h_kv * GROUP, lo
+    for _ in range(tl.maximum(GROUP * tl.cdiv(tl.maximum(N_Q - lo, 0), BLOCK_M), 1)):
         q_head = q_ptr + b * stride_qb + h * stride_qh
         do_head = do_ptr + b * stride_dob + h * stride_doh
         row = (b * H + h) * N_Q
-        for start_m in range(lo, N_Q, BLOCK_M):
-            offs_m = start_m + tl.arange(0, BLOCK_M)
-            q = _load(q_head, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            do = _load(do_head, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)
-            # Past the end lse is inf, which makes p and ds 0.
-            lse = tl.load(lse_ptr + row + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
-            delta = tl.load(delta_ptr + row + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
-            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            p_t = tl.exp2(s_t * scale_log2 - (lse * LOG2E)[None, :])
-            if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
-                if start_m < full:
-                    visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
-                    p_t = tl.where(visible, p_t, 0.0)
-            ds_t = p_t * (dp_t - delta[None, :])
-            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = _load(q_head, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+        do = _load(do_head, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)
+        # Past the end lse is inf, which makes p and ds 0.
+        lse = tl.load(lse_ptr + row + offs_m, offs_m < N_Q, float("inf"))  # [BLOCK_M]
+        delta = tl.load(delta_ptr + row + offs_m, offs_m < N_Q, 0.0)  # [BLOCK_M]
+        s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        p_t = tl.exp2(s_t * scale_log2 - (lse * LOG2E)[None, :])
+        if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
+            if start_m < full:
+                visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
+                p_t = tl.where(visible, p_t, 0.0)
+        ds_t = p_t * (dp_t - delta[None, :])
+        dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
+        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
+        start_m += BLOCK_M
+        done = start_m >= N_Q
+        h, start_m = tl.where(done, h + 1, h), tl.where(done, lo, start_m)
 
     _store(dk_ptr, offs_n, stride_dkn, N_K, dk * scale, HEAD_DIM, BLOCK_D)  # line 18
     _store(dv_ptr, offs_n, stride_dvn, N_K, dv, HEAD_DIM, BLOCK_D)
@@ -318,7 +326,10 @@ def forward(q, k, v, causal, scale, allow_tf32):
         q, scale = -q, -scale
     scale = max(scale, 1e-37)
     m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, q, allow_tf32)
-    _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
+    compiled_for = (D, m, n, causal, precision, *how.values())
+    key = _host.launch_key((q, k, v, o), (H, H // H_KV, N_Q, N_K), *compiled_for)
+    _host.launch(
+        _forward_kernel, key, (-(-N_Q // m) * B * H, 1, 1),  # the other axes end at 65,535
         q, k, v, o, lse, scale * _host.LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,

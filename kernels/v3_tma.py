@@ -16,30 +16,45 @@ rows of lse and delta), the forward's Q, and results that leave from full regist
 Where a program loads several tensors once, pointers stay: outside a loop Triton waits for each
 descriptor's load before it starts the next.
 
-The registers saved buy tiles that v2 would spill: 128 × 64 for four warps at D = 128, so that two
-programs share an SM and one's softmax runs under the other's products. Within a program the two
-take turns; overlapping them there is what the Hopper steps do by hand.
+The registers saved buy an overlap at D = 128. Once S = Q Kᵀ is issued a program waits for its
+scores, and while it computes P the tensor cores have nothing to do; v2 leaves it to another program
+on the same SM to fill the gap. Here a program weighs V a tile late, issued before the softmax and
+waited for after it (FlashAttention-3, arXiv 2407.08608, algorithm 2; `LATE` in the code):
+
+    v2   S0 │ softmax 0 │ PV0  S1 │ softmax 1 │ PV1  S2 │ softmax 2 │ …        │: wait for scores
+    v3   S0 │ softmax 0   S1 │ PV0 ∥ softmax 1   S2 │ PV1 ∥ softmax 2   …
+
+The price is a P that stays in registers for longer, hence tiles of 64 × 64. For few keys, where the
+last PV stands alone, for very many, where small tiles read K and V too often, and at other head
+dims, it was slower than to leave the overlap to two programs an SM with larger tiles.
 
 Not always: descriptors cost the CPU 10 to 20 µs each, so a small call is slower with them, and the
 engine wants addresses and strides in multiples of 16 bytes. `_path` decides by GPU, work and
 alignment; the other path is v2's, in the same kernels, by a compile-time flag. Nothing is copied.
 
-The rest is `v2_lean` (maths and lines: FlashAttention-2, arXiv 2307.08691). FlashAttention-3 (arXiv
-2407.08608) uses the same engine with warps of its own to drive it. In one thing more this differs
-from v2: the dQ kernel leaves lse in base 2 beside delta, in padded rows that a descriptor can take.
+The rest is `v2_lean` (maths and lines: FlashAttention-2, arXiv 2307.08691). FlashAttention-3 has
+warps of their own to drive the engine. In one thing more this differs from v2: the dQ kernel leaves
+lse in base 2 beside delta, in padded rows that a descriptor can take.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v2 → v3 in one run; torch
 2.11.0, triton 3.6.0, 2026-11-22), at N = 512, 2048 and 16384:
 
     D = 64   forward  333 → 333, 395 → 427, 417 → 455    causal  216 → 222, 340 → 365, 408 → 442
              backward 290 → 294, 332 → 356, 342 → 380    causal  175 → 223, 271 → 329, 313 → 366
-    D = 128  forward  322 → 378, 429 → 487, 468 → 540    causal  220 → 273, 367 → 429, 474 → 490
-             backward 284 → 312, 361 → 417, 382 → 465    causal  198 → 226, 310 → 361, 377 → 444
-
-D = 256, the two backward kernels timed one by one, O, dK and dV still stored through pointers:
-
-             forward  356 → 354, 481 → 476, 518 → 525    causal  234 → 235, 382 → 385, 517 → 520
+    D = 128  backward 284 → 312, 361 → 417, 382 → 465    causal  198 → 226, 310 → 361, 377 → 444
+    D = 256  forward  356 → 354, 481 → 476, 518 → 525    causal  234 → 235, 382 → 385, 517 → 520
              backward 186 → 204, 228 → 259, 230 → 262    causal  145 → 159, 212 → 239, 256 → 295
+
+(D = 256: the two backward kernels timed one by one, O, dK and dV stored through pointers.) And the
+forward at D = 128 in a later run, with N = 4096: tiles of 64 × 64, V weighed at once or late, and
+128 × 64 at once; beside them Triton's tutorial kernel with the better of the same tiles, and cuDNN:
+
+    N                full  512  2048  4096  16384      causal  512  2048  4096  16384
+    64 × 64, at once       375   494   512    490              272   439   478    512
+    64 × 64, late          360   516   542    514              252   442   488    555
+    128 × 64, at once      383   496   520    552              256   412   448    514
+    tutorial               392   511   518    541              260   434   470    500
+    cuDNN                  520   647   666    680              334   516   572    634
 
 Left out: Triton's own warp specialisation (`tl.range(..., warp_specialize=True)`), which triton 3.6
 compiles into the same kernel here, or into one that spills.
@@ -55,14 +70,15 @@ from . import _host
 LOG2E = tl.constexpr(_host.LOG2E)
 
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
-# by (path, padded head dim). Up to SHORT keys a "short" row goes first: more and smaller programs.
+# by (path, padded head dim). Where there is a row for few or for many keys, it goes first.
 # The rows for pointers fit in the 99 KiB of shared memory of the smallest GPUs from sm_80 on.
-SHORT = 2048
+SHORT, LONG = 512, 8192  # keys: up to the one, and beyond the other
+LATE = (128,)  # head dims whose rows, but for the short and long ones, weigh V a tile later
 FORWARD = {
     ("tma", 64): (64, 128, 4, 2),
-    ("tma", 128): (128, 64, 4, 2),
+    ("tma", 128): (64, 64, 4, 3),
+    ("tma long", 128): (128, 64, 4, 2),
     ("tma", 256): (128, 64, 8, 2),
-    ("tma short", 128): (64, 64, 4, 3),
     ("pointers", 64): (64, 64, 4, 3),
     ("pointers", 128): (64, 64, 4, 2),
     ("pointers", 256): (64, 32, 4, 2),
@@ -89,12 +105,15 @@ DQ_FP32 = {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 DKDV_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
 
 
-def _config(table, table_fp32, path, head_dim, fp32, short=False):
-    """A row of the table for the path, "tma" or "pointers"; for few keys the short one, if any."""
+def _length(n_k, causal):
+    """Which rows of the tables n_k keys go to first; causal programs see half of them."""
+    return " short" if n_k <= SHORT else " long" if n_k > LONG and not causal else ""
+
+
+def _config(table, table_fp32, path, head_dim, fp32, length=""):
+    """A row of the table for the path, "tma" or "pointers", and for a `_length`."""
     d = max(64, 1 << (head_dim - 1).bit_length())
-    if fp32:
-        return table_fp32[d]
-    return (short and table.get((f"{path} short", d))) or table[path, d]
+    return table_fp32[d] if fp32 else table.get((path + length, d)) or table[path, d]
 
 
 @triton.jit
@@ -156,6 +175,17 @@ def _stream_row(src, row, start, stride, N, BLOCK: tl.constexpr, TMA: tl.constex
 
 
 @triton.jit
+def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """(b, h, start_m) of this program."""
+    tiles = tl.cdiv(N_Q, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    if CAUSAL:  # the tiles with most keys first: what runs last, on a GPU half empty, is short
+        tile = tiles - 1 - tile
+    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
+    return pid_bh // H, pid_bh % H, tile * BLOCK_M
+
+
+@triton.jit
 def _key_range(
     start_m, N_Q, N_K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr
 ):
@@ -177,21 +207,26 @@ def _visible(m, n, N_Q, N_K, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _weigh(
+    acc, p, alpha, v_src, b, h, start, stride, N, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Add the tile of V from row `start` on to the output, weighed by p: line 10."""
+    v = _stream(v_src, b, h, start, stride, N, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    return tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+
+@triton.jit
 def _forward_kernel(
     q_src, k_src, v_src, o_dst, lse_ptr, scale_log2,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    start_m = tl.program_id(0) % tiles * BLOCK_M
-    if CAUSAL:  # the tiles with most keys first: what runs last, on a GPU half empty, is short
-        start_m = (tiles - 1) * BLOCK_M - start_m
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
-    b, h = pid_bh // H, pid_bh % H
+    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     h_kv = h // GROUP  # GROUP heads of queries share one of keys
@@ -205,12 +240,21 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    alpha = tl.zeros([BLOCK_M], tl.float32)
+    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
+    if LATE:  # the loop always runs: around one that might not, ptxas would overlap nothing
+        hi = tl.maximum(hi, 1)
     for start_n in range(0, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 8
+        if LATE:  # the tile before, 0 · 0 at first; done when the next scores are
+            acc = _weigh(
+                acc, p, alpha, v_src, b, h_kv, start_n - BLOCK_N, stride_vn, N_K,
+                HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, TMA,
+            )  # fmt: skip
         if start_n >= full:  # the same way for all threads
             visible = _visible(offs_m[:, None], offs_n[None, :], N_Q, N_K, CAUSAL)
             s = tl.where(visible, s, float("-inf"))
@@ -220,15 +264,23 @@ def _forward_kernel(
         p = tl.exp2(s * scale_log2 - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
         alpha = tl.exp2(m_i - base)  # [BLOCK_M], 0 at a row's first key
         l_i = alpha * l_i + tl.sum(p, 1)
-        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # 10
         m_i = m_new
+        if not LATE:
+            acc = _weigh(
+                acc, p, alpha, v_src, b, h_kv, start_n, stride_vn, N_K,
+                HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, TMA,
+            )  # fmt: skip
+    if LATE:
+        acc = _weigh(
+            acc, p, alpha, v_src, b, h_kv, (hi - 1) // BLOCK_N * BLOCK_N, stride_vn, N_K,
+            HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, TMA,
+        )  # fmt: skip
 
-    o = acc * (1 / tl.where(l_i == 0.0, 1.0, l_i))[:, None]  # line 12; a row without keys gives 0
+    o = tl.where(l_i[:, None] > 0, acc * (1 / l_i)[:, None], 0.0)  # line 12; no keys: 0
     lse = (m_i + tl.log2(l_i)) / LOG2E  # line 13, to base e; -inf there
 
     _drain(o_dst, b, h, start_m, stride_om, N_Q, o, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
-    tl.store(lse_ptr + pid_bh * N_Q + offs_m, lse, offs_m < N_Q)
+    tl.store(lse_ptr + (b * H + h) * N_Q + offs_m, lse, offs_m < N_Q)
 
 
 @triton.jit
@@ -242,12 +294,7 @@ def _dq_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of one tile of queries; its loop visits the tiles that the forward's visits."""
-    tiles = tl.cdiv(N_Q, BLOCK_M)
-    start_m = tl.program_id(0) % tiles * BLOCK_M
-    if CAUSAL:  # the tiles with most keys first: what runs last, on a GPU half empty, is short
-        start_m = (tiles - 1) * BLOCK_M - start_m
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = pid_bh // H, pid_bh % H
+    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     q_ptr += b * stride_qb + h * stride_qh
@@ -262,9 +309,9 @@ def _dq_kernel(
     q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    lse_log2 = tl.load(lse_ptr + pid_bh * N_Q + offs_m, offs_m < N_Q, 0.0) * LOG2E  # [BLOCK_M]
+    lse_log2 = tl.load(lse_ptr + (b * H + h) * N_Q + offs_m, offs_m < N_Q, 0.0) * LOG2E  # [BLOCK_M]
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M], line 4
-    rows_ptr += pid_bh * 2 * stride_rows + offs_m
+    rows_ptr += (b * H + h) * 2 * stride_rows + offs_m
     tl.store(rows_ptr, lse_log2, offs_m < N_Q)
     tl.store(rows_ptr + stride_rows, delta, offs_m < N_Q)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -274,7 +321,10 @@ def _dq_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 10
+        if q.dtype == tl.float32:  # without tensor cores ptxas would spill the operands of S = Q Kᵀ
+            s = tl.trans(tl.dot(k, tl.trans(q), input_precision=PRECISION))
+        else:
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 10
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 13
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # line 11
         if start_n >= full:  # not by s = -inf: a row without keys has lse = -inf, too
@@ -320,26 +370,31 @@ def _dkdv_kernel(
     if CAUSAL:
         lo = tl.maximum(start_n - (N_K - N_Q), 0) // BLOCK_M * BLOCK_M
         full = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - (N_K - N_Q), 0), BLOCK_M) * BLOCK_M
-    for h in range(h_kv * GROUP, h_kv * GROUP + GROUP):  # the heads of queries that share k and v
+    # One loop through the tiles of all heads of queries that share k and v: its loads never pause.
+    # It always runs (on zeros for N_Q = 0): around one that might not, ptxas would overlap nothing.
+    h, start_m = h_kv * GROUP, lo
+    for _ in range(tl.maximum(GROUP * tl.cdiv(tl.maximum(N_Q - lo, 0), BLOCK_M), 1)):
         q_head = q_src if TMA else q_src + (b * stride_qb + h * stride_qh)
         do_head = do_src if TMA else do_src + (b * stride_dob + h * stride_doh)
         row = (b * H + h) * 2
-        for start_m in range(lo, N_Q, BLOCK_M):
-            offs_m = start_m + tl.arange(0, BLOCK_M)
-            q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
-            do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
-            lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, TMA)
-            delta = _stream_row(rows_src, row + 1, start_m, stride_rows, N_Q, BLOCK_M, TMA)
-            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-            p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
-            if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
-                if start_m < full:
-                    visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
-                    p_t = tl.where(visible, p_t, 0.0)
-            ds_t = p_t * (dp_t - delta[None, :])
-            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
-            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+        do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+        lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, TMA)
+        delta = _stream_row(rows_src, row + 1, start_m, stride_rows, N_Q, BLOCK_M, TMA)
+        s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
+        if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
+            if start_m < full:
+                visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
+                p_t = tl.where(visible, p_t, 0.0)
+        ds_t = p_t * (dp_t - delta[None, :])
+        dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
+        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
+        start_m += BLOCK_M
+        done = start_m >= N_Q
+        h, start_m = tl.where(done, h + 1, h), tl.where(done, lo, start_m)
 
     dk *= scale
     _drain(dk_dst, b, h_kv, start_n, stride_dkn, N_K, dk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
@@ -371,10 +426,10 @@ def _describe(t, block, block_d):
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, block_d])
 
 
-def _tiles(table, table_fp32, path, q, k, allow_tf32):
+def _tiles(table, table_fp32, path, q, length, allow_tf32):
     """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
-    d, fp32, short = q.shape[3], q.dtype == torch.float32, k.shape[2] <= SHORT
-    m, n, warps, stages = _config(table, table_fp32, path, d, fp32, short)
+    d, fp32 = q.shape[3], q.dtype == torch.float32
+    m, n, warps, stages = _config(table, table_fp32, path, d, fp32, length)
     precision = "tf32" if allow_tf32 else "ieee"
     block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
     return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
@@ -390,15 +445,20 @@ def forward(q, k, v, causal, scale, allow_tf32):
         q, scale = -q, -scale
     scale = max(scale, 1e-37)
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, o)
-    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, path, q, k, allow_tf32)
+    length = _length(N_K, causal)
+    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, path, q, length, allow_tf32)
     q_src, k_src, v_src, o_dst = q, k, v, o
     if path == "tma":
         q_src, o_dst = _describe(q, m, d), _describe(o, m, d)
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)
-    _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
+    late = path == "tma" and d in LATE and not length
+    compiled_for = (D, m, n, causal, precision, path, late, *how.values())
+    key = _host.launch_key((q, k, v, o), (H, H // H_KV, N_Q, N_K), *compiled_for)
+    _host.launch(
+        _forward_kernel, key, (-(-N_Q // m) * B * H, 1, 1),  # the other axes end at 65,535
         q_src, k_src, v_src, o_dst, lse, scale * _host.LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", late, **how,
     )  # fmt: skip
     return o, lse
 
@@ -412,7 +472,7 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     rows = torch.empty((B * H * 2, -(-N_Q // 4) * 4), dtype=torch.float32, device=q.device)
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, do, dk, dv)
-    m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, k, allow_tf32)
+    m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, "", allow_tf32)
     k_src, v_src = k, v
     if path == "tma":
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)
@@ -421,7 +481,7 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
         *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], rows.stride(0),
         H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
     )  # fmt: skip
-    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, path, q, k, allow_tf32)
+    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, path, q, "", allow_tf32)
     q_src, do_src, rows_src, dk_dst, dv_dst = q, do, rows, dk, dv
     if path == "tma":
         q_src, do_src = _describe(q, m, d), _describe(do, m, d)

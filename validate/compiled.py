@@ -38,19 +38,15 @@ KNOWN_SPILLS = {
     ("v0_naive", 64, "float32", "_weighted_sum_kernel"): (0, 24),
     ("v0_naive", 128, "float32", "_weighted_sum_kernel"): (0, 24),
     ("v0_naive", 256, "float32", "_weighted_sum_kernel"): (0, 24),
-    ("v1_flash", 64, "float32", "_dq_kernel"): (0, 16),
-    ("v1_flash", 128, "float32", "_dkdv_kernel"): (0, 16),
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
-    ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (232, 580),
-    ("v2_lean", 256, "float32", "_dq_kernel"): (548, 580),
+    ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (224, 696),
     ("v3_tma", 128, "bfloat16", "_forward_kernel"): (0, 20),
-    ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 8),
-    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (64, 552),
-    ("v3_tma", 256, "float32", "_dq_kernel"): (548, 580),
+    ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 72),
+    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (80, 564),
     ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 792),
     ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 300),
 }
-LENGTHS = (512, 16384)  # some launchers take another kernel for much work than for little
+LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
 
 
 class Kernel(NamedTuple):
