@@ -148,7 +148,7 @@ def sentences(sweep):
                 own = "that and its fp32 sums of dQ"
             yield (
                 f"{_names(same)} add{'s' * (len(same) == 1)} {_sizes(same)} at"
-                f" {same[0].longest:,} tokens, within {worst:.1%} of {own}: {per_token:,} bytes a"
+                f" {same[0].longest:,} tokens, within {_share(worst)} of {own}: {per_token:,} bytes a"
                 f" token."
             )
         for x in off:
@@ -166,10 +166,12 @@ def sentences(sweep):
         if line is not None:
             yield (
                 f"{name} adds {answers.size(line.mib)} at {line.longest:,} tokens; its measured"
-                f" peaks are within {line.worst:.1%} of the prediction."
+                f" peaks are within {_share(line.worst)} of the prediction."
             )
         if end is not None:
             kept = "as predicted" if end.as_predicted else "NOT as predicted"
+            if end.under_status == "oom":  # with the memory there: what a peak does not count
+                kept += " (a peak counts no gaps that the allocator cannot fill)"
             yield (
                 f"With {answers.size(end.free_mib)} free it was predicted to end at"
                 f" {end.predicted:,} tokens: {end.under:,} {_became(end.under_status)},"
@@ -180,6 +182,10 @@ def sentences(sweep):
 
 def _became(status):
     return {"ok": "ran", "oom": "ran out of memory"}.get(status, status)
+
+
+def _share(x):
+    return f"{x:.1%}" if x >= 0.001 else "0.1%"
 
 
 def _sizes(lines):
