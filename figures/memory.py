@@ -147,9 +147,8 @@ def sentences(sweep):
             if same[0].expected > same[0].floor:
                 own = "that and its fp32 sums of dQ"
             yield (
-                f"{_names(same)} add{'s' * (len(same) == 1)} {_sizes(same)} at"
-                f" {same[0].longest:,} tokens, within {_share(worst)} of {own}: {per_token:,} bytes a"
-                f" token."
+                f"{_names(same)} add{'s' * (len(same) == 1)} {_sizes(same)} at {same[0].longest:,}"
+                f" tokens, within {_share(worst)} of {own}: {per_token:,} bytes a token."
             )
         for x in off:
             linear = x.slope is not None
