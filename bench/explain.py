@@ -81,7 +81,7 @@ TILE_US = 1.3  # per tile of queries: load Q, wait for the first K, write O
 EXPOSED = {"hopper": 0.6, "portable": 2.0, "legacy": 8.0}
 # The backward of a tile also needs dP - delta, dS and a second conversion; and around its main
 # kernel, one clears fp32 sums of dQ and reads O and dO (2 + 2 passes over a tensor like q), another
-# turns the sums into dQ (2 + 1). From the ladder's table (kernels/README.md), not from the records.
+# turns the sums into dQ (2 + 1). From an earlier run of the ladder, not from the records.
 BACKWARD_SOFTMAX = 3.5
 BACKWARD_PASSES = 7
 # Host µs of one eager call: measured at N = 128 (README, "Short sequences"), not fitted.
@@ -640,8 +640,8 @@ mixed.jsonl (NVIDIA H200, 2026-11-22: forward, causal, batch 4, 16 heads of 128,
 tokens, bf16, fp16 and fp32). So --check on these two files says how well the model fits, not that
 it is right elsewhere. Other shapes, full attention and above all the backward are extrapolated, and
 the page says so; records of them make --check a proof. Held out from the fit are the forward rates
-of cuDNN's kernel in kernels/README.md, full and causal, at 512, 2,048 and 16,384 tokens. The two
-constants of the backward come from its other table; at head dims above 128 it is too optimistic.
+of cuDNN's kernel in figures/reference/peers.jsonl, D = 128, full and causal. The two constants of
+the backward come from an earlier run of the ladder; at head dims above 128 it is too optimistic.
 
 Exit codes: 0 done, 1 --check below its promise or --measure failed, 2 bad arguments or no GPU.""",
     )

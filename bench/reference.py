@@ -81,7 +81,7 @@ PARTS = {
     ),
     "ladder": Part("bench/ladder.py --budget 90", "ladder.jsonl", "what each step gains"),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 40", "ladder.jsonl", "what a launch costs"
+        "bench/ladder.py --small-calls --budget 40", "small-calls.jsonl", "what a launch costs"
     ),
     "decode": Part("bench/decode.py --budget 35", "decode.jsonl", "few queries over many keys"),
     "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike"),

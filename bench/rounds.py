@@ -133,6 +133,8 @@ def failure(error):
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
         return "oom", first
+    if isinstance(error, ValueError):  # how attention functions refuse a shape
+        return "unsupported", first
     return "failed", f"{type(error).__name__}: {first}"
 
 

@@ -25,6 +25,8 @@ PROGRAMS = {
     "ladder": ("ladder",),
     "peers": ("peers",),
     "train": ("train",),
+    "small-calls": (),  # tables alone
+    "decode": (),
 }
 
 

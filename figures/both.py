@@ -4,7 +4,7 @@
 
 The two are timed apart; here their medians are added, as are their 20th and their 80th percentiles,
 which makes the band rather too wide than too narrow. Writes block-both-speedup as PNG and SVG: how
-many times as fast as SDPA's cuDNN kernel (or --rival) each backend is.
+many times as fast as SDPA's cuDNN kernel (or --rival) each backend is, of three lengths or more.
 """
 
 import argparse
@@ -62,8 +62,8 @@ def fastest(sweep, ours):
 def draw(found, directory, rival=RIVAL):
     paths = []
     for one in pairs(found):
-        if one.backends("ok").count(rival) == 0:
-            continue
+        if one.backends("ok").count(rival) == 0 or len(one.lengths) < 3:
+            continue  # nothing to compare with, or too few points for a line
         fig = seqlen.chart(
             one,
             f"times as fast as {records.label(rival)}, forward and backward",
@@ -85,12 +85,12 @@ def main(argv=None):
     parser.add_argument("--rival", default=RIVAL, choices=records.table(), metavar="NAME")
     args = parser.parse_args(argv)
     try:
-        paths = draw(records.sweeps(records.read(*args.records)), args.out, args.rival)
+        found = records.sweeps(records.read(*args.records))
     except (OSError, records.RecordError) as e:
         parser.error(f"argument records: {e}")
-    if not paths:
-        parser.error(f"argument records: no block with {args.rival} in both directions")
-    for path in paths:
+    if not any(args.rival in one.backends("ok") for one in pairs(found)):
+        parser.error(f"argument records: no {args.rival} in both directions")
+    for path in draw(found, args.out, args.rival) or ["too few lengths for a line"]:
         print(path)
     return 0
 

@@ -80,12 +80,23 @@ def steps():
     return [n for n, row in records.table().items() if row.target.startswith("kernels.")]
 
 
+def forward_steps(names):
+    """Those with a forward of their own: the joined Hopper steps run that of another."""
+    return [n for n in names if records.table()[n].target.split(":")[0] == f"kernels.{n}"]
+
+
 def newest(rows):
     """Rows of the machine and software that the newest row was measured with, in file order."""
     if not rows:
         return []
     last = max(rows, key=lambda r: r.get("utc") or "")
-    return [r for r in rows if environment(r) == environment(last)]
+    return [settled(r) for r in rows if environment(r) == environment(last)]
+
+
+def settled(row):
+    """The row, a refusal by ValueError called unsupported: older records called it failed."""
+    refused = row.get("status") == "failed" and (row.get("reason") or "").startswith("ValueError")
+    return row | {"status": "unsupported"} if refused else row
 
 
 def environment(row):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flashstudy.figures import grid, records, style
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 TITLE = {"fontsize": 11.5, "pad": 4}  # of a panel
 BARS = {  # causal? -> looks of the bars
@@ -30,6 +31,8 @@ def panel(ax, found, direction, d, names):
     of_mask = {c.causal: f for c, f in found.items() if (c.direction, c.head_dim) == (direction, d)}
     ceilings = [r for f in of_mask.values() if (r := grid.best(f, [grid.MATMUL])) is not None]
     for at, name in enumerate(names):
+        if direction == "forward" and name not in grid.forward_steps(names):
+            continue
         tallest = 0.0
         for causal, of_cell in of_mask.items():
             x = at + (masks.index(causal) - (len(masks) - 1) / 2) * width
@@ -50,6 +53,7 @@ def panel(ax, found, direction, d, names):
             ax.annotate(
                 f"×{gained:.2f}", (at, tallest), xytext=(0, 2), textcoords="offset points",
                 ha="center", fontsize=8.5, color=style.BLACK if gained >= 1 else style.RED,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
             )  # fmt: skip
         highest = max(highest, tallest)
     if ceilings:

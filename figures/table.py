@@ -176,6 +176,8 @@ def grid_caption(found, command):
 def of_grid(study, direction):
     """TFLOP/s of a direction over the grid, its cells one below the other."""
     found, names = gridded(study, direction=direction)
+    if (study, direction) == ("ladder", "forward"):  # the joined steps' forward is that of one
+        names = grid.forward_steps(names)
     made = {"peers": grid.peers_table, "ladder": grid.ladder_table}[study]
     says = {"peers": grid.peers_verdicts, "ladder": grid.ladder_gains}[study]
     header, rows = made(found, names)
@@ -185,7 +187,7 @@ def of_grid(study, direction):
 
 
 def small_calls():
-    path = REFERENCE / "ladder.jsonl"
+    path = REFERENCE / "small-calls.jsonl"
     try:
         rows = grid.newest(records.read(path))
     except (OSError, records.RecordError) as e:

@@ -68,17 +68,18 @@ Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 Limits and maths as in `v5_pingpong`.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-22),
-TFLOP/s at N = 2048 / 16384, in brackets cuDNN in the same run, in which a matrix product of 8192³
-had 702 at the start and 745 at the end:
+TFLOP/s at N = 512 / 2048 / 16384, in brackets cuDNN in the same run:
 
-              D=64                      D=128                     D=256
-    full      510 / 548  (453 / 474)    662 / 672  (620 / 651)    675 / 711  (652 / 694)
-    causal    395 / 533  (391 / 455)    572 / 705  (499 / 586)    588 / 732  (532 / 610)
+            D=64                         D=128                        D=256
+    full    398 478 512 (365 433 471)    544 654 679 (493 618 650)    519 695 756 (494 667 694)
+    causal  254 385 501 (239 370 444)    338 530 633 (315 486 581)    324 592 708 (323 525 624)
 
-`v5_pingpong` had 607 / 658 and, causal, 504 / 656 at D=128. At N = 512: D=128 full 549 (cuDNN 523),
-causal 351 (337); D=64 full 400 (389), causal 256 (260). Decoding, D=128, 32 heads over 8: one query
-over 131,072 keys 142 µs (1432 without the split, cuDNN 138); 16 queries over 32,768 keys, batch 4,
-142 µs (cuDNN 389).
+In another run `v5_pingpong` beside it, D=128, at N = 512 / 4096 / 16384: full 426 643 692 against
+543 665 648, causal 265 565 665 against 343 589 628. That the longest calls lose there is not
+understood: an earlier run had 672 against 658 and 705 against 656 at N = 16384.
+
+Decoding, D=128, 32 heads over 8: one query over 131,072 keys 140 µs (cuDNN 139; 1432 without the
+split, in an earlier run), 16 queries over as many 143 µs (flash-attn 2 477, cuDNN 1482).
 """
 
 import functools

@@ -82,13 +82,14 @@ accumulator of dQ, and a last one scales it, restores its order and rounds: 14 b
 Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 with zeros; at 256 dK
 and dV alone would fill the registers). dK and dV are bitwise repeatable, dQ if asked for.
 
-Measured, TFLOP/s with everything between dO and the finished gradients, this schedule / cuDNN in
-the same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton 3.6.0; 2026-11-22),
-when masked tiles still had a loop of their own:
+Measured, TFLOP/s with everything between dO and the finished gradients, in brackets cuDNN /
+flash-attn 4 in the same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton
+3.6.0; 2026-11-22), at N = 512, 2048 and 16384:
 
-    N = 16384          full       causal
-    D = 128          620/581     654/552
-    D = 64           577/469     590/433
+    D = 64   full    371 (286 / 340)   503 (408 / 506)   540 (465 / 551)
+             causal  207 (170 / 216)   407 (320 / 422)   544 (439 / 572)
+    D = 128  full    391 (335 / 359)   584 (480 / 574)   645 (563 / 649)
+             causal  229 (211 / 242)   455 (405 / 472)   609 (563 / 649)
 """
 
 from typing import NamedTuple

@@ -297,7 +297,9 @@ def test_the_committed_pictures_show_the_reference_records(name):
         digests = [d for wide, half in answers.pairs(found) for d in (wide.digest(), half.digest())]
         pictures = [p for p in folder.glob("*-mixed-*.*") if p.suffix in (".png", ".svg")]
     elif name == "both":
-        digests = [one.digest() for one in both.pairs(found)]
+        digests = [one.digest() for one in both.pairs(found) if len(one.lengths) > 2]
+        if not digests:
+            pytest.skip("too few lengths for a line")
         pictures = [p for p in folder.glob("*-both-*.*") if p.suffix in (".png", ".svg")]
     else:
         digests = [one.digest() for one in found]
