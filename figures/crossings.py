@@ -95,7 +95,7 @@ class Sweep:
 
     def kernel(self):
         """The backend that is the one kernel that SDPA ran at every length, or None."""
-        found = self.clocks.get("host_ms", {}).get("sdpa", {}).values()
+        found = [r for clock in self.clocks.values() for r in clock.get("sdpa", {}).values()]
         kernels = {r.get("sdpa_kernel") for r in found if r["status"] == "ok"}
         return f"sdpa-{kernels.pop()}" if len(kernels) == 1 else None
 
