@@ -1,13 +1,14 @@
 """Every measurement behind the pictures and tables of this study, one program after the other.
 
-    python bench/reference.py                       # all of it: a quarter of an hour on an H200
+    python bench/reference.py                       # all of it
     python bench/reference.py --only seqlen mixed   # some
     python bench/reference.py --seconds 540         # start nothing new after nine minutes
     python figures/all.py results/reference         # then: every picture and table from the records
 
 Each program writes its own record file under --out and resumes it: the same command again goes on
 where an interrupted one stopped, and measures nothing twice. A program that fails does not keep the
-others from running. Without a GPU the programs that have an answer for a CPU run.
+others from running. Without a GPU the programs that have an answer for a CPU run. On an H200 the
+parts add up to about a quarter of an hour.
 
 Exit codes: 0 all done, 1 a program failed, measured something wrong, or is left for the next run,
 2 bad arguments, 130 interrupted.
