@@ -35,10 +35,6 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 # little sooner. At D = 256 in half precision these tiles were faster on an H200 than the ones tried
 # that do not spill. The few bytes elsewhere have not been timed.
 KNOWN_SPILLS = {
-    ("v0_naive", 64, "float32", "_weighted_sum_kernel"): (0, 24),
-    ("v0_naive", 128, "float32", "_weighted_sum_kernel"): (0, 24),
-    ("v0_naive", 256, "float32", "_weighted_sum_kernel"): (0, 24),
-    ("v1_flash", 64, "bfloat16", "_dkdv_kernel"): (0, 8),
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
     ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (224, 696),
     ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 72),
