@@ -41,7 +41,7 @@ from . import _host
 # One row for every GPU and head dim: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), a
 # [BLOCK_M, BLOCK_N] tile of a product that sums over steps of BLOCK_K. 96 KiB of shared memory.
 PRODUCT = (128, 64, 64, 4, 3)
-PRODUCT_FP32 = (64, 64, 8, 8, 2)  # fp32 at full precision does without tensor cores
+PRODUCT_FP32 = (64, 32, 16, 4, 2)  # fp32 at full precision does without tensor cores
 SOFTMAX = (16, 256, 4)  # rows, keys at a time, num_warps
 
 
