@@ -105,14 +105,16 @@ def source(backend=None, method=METHOD):
 
 
 def _commit():
-    """Commit of the checkout, with "+" where tracked files differ from it; None outside of one."""
+    """Commit of the checkout, "+" where tracked files differ; None outside; or FLASHSTUDY_COMMIT."""
+    if told := os.environ.get("FLASHSTUDY_COMMIT"):  # a copy whose history is another, or none
+        return told
     top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
     if top is None or Path(top) != ROOT:
         return None
     dirty = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    if head is None:  # a copy without its history can be told which commit it is
-        return os.environ.get("FLASHSTUDY_COMMIT")
+    if head is None:
+        return None
     return head + "+" * bool(dirty)
 
 

@@ -447,3 +447,10 @@ def test_on_a_gpu_short_cells_have_three_clocks_and_absolute_memory(tmp_path):
         assert cell["peak_abs_mib"]["value"] > cell["peak_delta_mib"]["value"] > 0
     kernels = {c["time_ms"]["sdpa_kernel"] for c in cells_of(out).values()}
     assert len(kernels - {None}) == 1
+
+
+def test_a_copy_can_be_told_which_commit_it_is(monkeypatch):
+    monkeypatch.setenv("FLASHSTUDY_COMMIT", "0123456789ab+")
+    assert common.environment(torch.device("cpu"))["commit"] == "0123456789ab+"
+    monkeypatch.delenv("FLASHSTUDY_COMMIT")
+    assert common.environment(torch.device("cpu"))["commit"] != "0123456789ab+"
