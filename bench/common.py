@@ -105,7 +105,7 @@ def source(backend=None, method=METHOD):
 
 
 def _commit():
-    """Commit of the checkout, "+" where tracked files differ; None outside; or FLASHSTUDY_COMMIT."""
+    """Commit of the checkout, "+" where tracked files differ, None outside; or what one is told."""
     if told := os.environ.get("FLASHSTUDY_COMMIT"):  # a copy whose history is another, or none
         return told
     top = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
