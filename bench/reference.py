@@ -116,14 +116,14 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.seconds is not None and not args.seconds > 0:
         p.error(f"argument --seconds: expected a number above 0, got {args.seconds}")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        p.error(f"argument --out: {e}")
     names = [n for n in PARTS if n in (args.only or PARTS)]
     if args.plan:
         print("\n".join(" ".join(PARTS[n].argv(args.out)[1:]) for n in names))
         return 0
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        p.error(f"argument --out: {e}")
 
     gpu = torch.cuda.is_available()
     began, done = time.monotonic(), []
