@@ -7,11 +7,9 @@ which makes the band rather too wide than too narrow. Writes block-both-speedup 
 many times as fast as SDPA's cuDNN kernel (or --rival) each backend is, of three lengths or more.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from flashstudy.figures import records, seqlen, style
+from flashstudy.figures import cli, records, seqlen, style
 
 RIVAL = "sdpa-cudnn"
 
@@ -77,22 +75,18 @@ def draw(found, directory, rival=RIVAL):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="of bench/seqlen.py --direction both")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    parser.add_argument("--rival", default=RIVAL, choices=records.table(), metavar="NAME")
-    args = parser.parse_args(argv)
-    try:
-        found = records.sweeps(records.read(*args.records))
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    if not any(args.rival in one.backends("ok") for one in pairs(found)):
-        parser.error(f"argument records: no {args.rival} in both directions")
-    for path in draw(found, args.out, args.rival) or ["too few lengths for a line"]:
-        print(path)
-    return 0
+    def options(parser):
+        parser.add_argument("--rival", default=RIVAL, choices=records.table(), metavar="NAME")
+
+    def drawn(found, args):
+        if not any(args.rival in one.backends("ok") for one in pairs(found)):
+            return []
+        return draw(found, args.out, args.rival) or ["too few lengths for a line"]
+
+    return cli.main(
+        argv, __doc__, "bench/seqlen.py --direction both", drawn, records.sweeps, options,
+        "no rival in both directions",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

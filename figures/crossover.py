@@ -14,12 +14,10 @@ Writes, as PNG and SVG:
 A mark in the left margin means faster at every measured length, in the right one nowhere.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
-from flashstudy.figures import crossings, grid, records, style
+from flashstudy.figures import cli, crossings, grid, records, style
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -261,22 +259,7 @@ def draw(rows, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/crossover.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        rows = records.read(*args.records)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(rows, args.out)
-    if not paths:
-        parser.error(f"argument records: nothing to draw in {', '.join(map(str, args.records))}")
-    for path in paths:
-        print(path)
-    return 0
+    return cli.main(argv, __doc__, "bench/crossover.py", lambda rows, args: draw(rows, args.out))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ ceiling. The number above a pair is the gain over the step before, with the full
 the longest on record unless given; it is added to the name then.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from flashstudy.figures import grid, records, style
+from flashstudy.figures import cli, grid, records, style
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
@@ -132,24 +130,13 @@ def draw(rows, directory, length=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/ladder.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    parser.add_argument("--length", type=int, metavar="N", help="default: the longest on record")
-    args = parser.parse_args(argv)
-    try:
-        rows = records.read(*args.records)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(rows, args.out, args.length)
-    if not paths:
-        what = "" if args.length is None else f" at --length {args.length}"
-        parser.error(f"argument records: nothing to draw{what}")
-    for path in paths:
-        print(path)
-    return 0
+    def options(parser):
+        parser.add_argument("--length", type=int, metavar="N", help="default: the longest there is")
+
+    return cli.main(
+        argv, __doc__, "bench/ladder.py", lambda rows, args: draw(rows, args.out, args.length),
+        options=options, nothing="nothing to draw, or nothing at that --length,",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ what was known before, points what was measured, a cross where the GPU's memory 
 the same in sentences, and whether naive's end came where it was predicted.
 """
 
-import argparse
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
-from flashstudy.figures import answers, records, style
+from flashstudy.figures import answers, cli, records, style
 
 WITHIN = 0.05  # a prediction of memory is kept where it is off by at most this share
 WORDS = {"forward": "forward", "backward": "forward and backward"}
@@ -274,22 +272,7 @@ def draw(rows, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/memory.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        rows = records.read(*args.records)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(rows, args.out)
-    if not paths:
-        parser.error("argument records: nothing to draw")
-    for path in paths:
-        print(path)
-    return 0
+    return cli.main(argv, __doc__, "bench/memory.py", lambda rows, args: draw(rows, args.out))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ precision too, speed-up = precision × algorithm, exactly:
 On a logarithmic axis the factors add up, so the bars are stacked there.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from flashstudy.figures import answers, records, style
+from flashstudy.figures import answers, cli, records, style
 
 SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 
@@ -86,22 +84,11 @@ def draw(found, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="record files, --protocol mixed")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        found = records.sweeps(records.read(*args.records))
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(found, args.out)
-    if not paths:
-        parser.error("argument records: no backend was timed in float32 and in half precision")
-    for path in paths:
-        print(path)
-    return 0
+    return cli.main(
+        argv, __doc__, "bench/seqlen.py --protocol mixed",
+        lambda found, args: draw(found, args.out), records.sweeps,
+        nothing="no backend was timed in float32 and in half precision",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,11 +8,9 @@ there over that of the best peer; bold where it is at least 1. The dotted line i
 product of the same run. -long is added where the lengths begin at 32k, -float16 for that dtype.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from flashstudy.figures import grid, records, style
+from flashstudy.figures import cli, grid, records, style
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -167,22 +165,7 @@ def draw(rows, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/peers.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        rows = records.read(*args.records)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(rows, args.out)
-    if not paths:
-        parser.error(f"argument records: nothing to draw in {', '.join(map(str, args.records))}")
-    for path in paths:
-        print(path)
-    return 0
+    return cli.main(argv, __doc__, "bench/peers.py", lambda rows, args: draw(rows, args.out))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,14 @@ A call's share of a ceiling is the time that the resource alone would need for i
 this GPU reached in the same run, over the time that the call took.
 """
 
-import argparse
 import hashlib
 import itertools
 import math
 import re
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
-from flashstudy.figures import answers, records, style
+from flashstudy.figures import answers, cli, records, style
 
 TILE = 128  # queries and keys of a tile, as counted
 BINDS = 0.5  # share of the time from which a unit is called the limit
@@ -728,22 +726,7 @@ def draw(rows, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/roofline.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        rows = records.read(*args.records)
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(rows, args.out)
-    if not paths:
-        parser.error("argument records: nothing to draw")
-    for path in paths:
-        print(path)
-    return 0
+    return cli.main(argv, __doc__, "bench/roofline.py", lambda rows, args: draw(rows, args.out))
 
 
 if __name__ == "__main__":

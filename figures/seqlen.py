@@ -8,11 +8,9 @@ the records hold more than one. A cell that ran out of memory, failed or was wro
 strip above the axes; in the memory chart a hollow mark stands at the size it would have needed.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from flashstudy.figures import answers, records, style
+from flashstudy.figures import answers, cli, records, style
 
 MARKS = {"oom": "out of memory", "failed": "failed", "wrong": "wrong result"}
 WHERE = {"block": "Transformer block", "attention": "Attention alone"}
@@ -198,22 +196,9 @@ def draw(found, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return cli.main(
+        argv, __doc__, "bench/seqlen.py", lambda found, args: draw(found, args.out), records.sweeps
     )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/seqlen.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        found = records.sweeps(records.read(*args.records))
-    except (OSError, records.RecordError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(found, args.out)
-    if not paths:
-        parser.error(f"argument records: nothing to draw in {', '.join(map(str, args.records))}")
-    for path in paths:
-        print(path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ Above, the curves, which should look like one. Below, their difference to one SD
 band how far two SDPA kernels are from each other at that step.
 """
 
-import argparse
 import hashlib
 import itertools
 import sys
-from pathlib import Path
 from statistics import fmean
 
-from flashstudy.figures import records, style
+from flashstudy.figures import cli, records, style
 
 OURS = "flashstudy"  # the attention that the package picks; not a row of the table of backends
 SMOOTH = 20  # steps: what one batch has more or less of is no difference between runs
@@ -266,21 +264,13 @@ def draw(found, directory):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    def described(found, args):
+        paths = draw(found, args.out)
+        return [*found.words(), *paths] if paths else []
+
+    return cli.main(
+        argv, __doc__, "bench/train.py", described, Comparison, nothing="no run came to its end"
     )
-    parser.add_argument("records", nargs="+", type=Path, help="record files of bench/train.py")
-    parser.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR")
-    args = parser.parse_args(argv)
-    try:
-        found = Comparison(records.read(*args.records))
-    except (OSError, ValueError) as e:
-        parser.error(f"argument records: {e}")
-    paths = draw(found, args.out)
-    if not paths:
-        parser.error("argument records: no run came to its end")
-    print("\n".join([*found.words(), *map(str, paths)]))
-    return 0
 
 
 if __name__ == "__main__":
