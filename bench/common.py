@@ -215,8 +215,8 @@ class Records:
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
-        try:
+        with contextlib.ExitStack() as stack:  # a store that did not open holds no lock
+            self._file = stack.enter_context(open(self.path, "a+b"))
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -227,9 +227,7 @@ class Records:
             self.cut = len(data) - length
             if self.cut:
                 self._file.truncate(length)
-        except BaseException:  # any, Ctrl-C included: a store that did not open holds no lock
-            self._file.close()
-            raise
+            stack.pop_all()  # from here on `close` closes it
 
     def append(self, rows):
         """Write rows in one piece and wait until the disk has them; Ctrl-C waits as well."""

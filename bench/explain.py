@@ -84,7 +84,7 @@ EXPOSED = {"hopper": 0.6, "portable": 2.0, "legacy": 8.0}
 # turns the sums into dQ (2 + 1). From an earlier run of the ladder, not from the records.
 BACKWARD_SOFTMAX = 3.5
 BACKWARD_PASSES = 7
-# Host µs of one eager call: measured at N = 128 (README, "Short sequences"), not fitted.
+# Host µs of one eager call: host_ms of figures/reference/seqlen.jsonl at N = 128, not fitted.
 HOST_US = {
     "sdpa": 20, "sdpa-efficient": 34, "sdpa-flash": 38, "sdpa-cudnn": 41, "flex": 75,
     "flash-attn": 62, "flash-attn-4": 103, "v1_flash": 46, "v2_lean": 49, "v3_tma": 51,

@@ -345,10 +345,10 @@ def run_within(command, seconds):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         out, _ = process.communicate(timeout=seconds)
-    except BaseException:  # Ctrl-C too: nothing may go on using the GPU
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+    finally:
+        if process.returncode is None:  # out of time, or Ctrl-C: nothing may go on using the GPU
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return process.returncode, out
 
 

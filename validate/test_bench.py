@@ -247,6 +247,16 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     common.Records(tmp_path / "r.jsonl").close()
 
 
+def test_a_store_that_did_not_open_holds_no_lock(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("not a record\n")
+    with pytest.raises(ValueError, match="not a record") as kept:  # and with it, what was open
+        common.Records(path)
+    path.write_text("")
+    common.Records(path).close()
+    assert kept.value is not None
+
+
 def test_out_of_memory_is_a_row_with_the_predicted_size(tmp_path, monkeypatch, capsys):
     def starved(original, q, k, v, **rest):
         if q.shape[2] > 16:
