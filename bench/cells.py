@@ -1,6 +1,7 @@
 """What ladder.py, peers.py and decode.py share: arguments, records and the run over the grid."""
 
 import argparse
+import contextlib
 import shlex
 import statistics
 import sys
@@ -315,6 +316,24 @@ def guarded(work):
         print(f"the GPU no longer answers, {e}; the same command again goes on", file=sys.stderr)
         return 1
     return None
+
+
+def measured(args, parser, study, plan, timer, work=execute):
+    """What a program of this kind does between its arguments and its tables.
+
+    work(args, plan, timer, file, provenance) measures. Returns (rows of the record file, None), or
+    (None, exit code) where the program ends here: after --plan, without a GPU, cut short.
+    """
+    if args.plan:
+        print(describe(plan))
+        return None, 0
+    timer = timer_here(timer)
+    if timer is None:
+        return None, 2
+    provenance = Provenance(study, timer, args.seed)
+    with contextlib.closing(open_records(args, parser, provenance.device)) as file:
+        stopped = guarded(lambda: work(args, plan, timer, file, provenance))
+    return (file.rows, None) if stopped is None else (None, stopped)
 
 
 def timer_here(timer):

@@ -20,7 +20,6 @@ argument or a machine without a GPU.
 """
 
 import argparse
-import contextlib
 import sys
 
 from flashstudy.bench import cells, common
@@ -75,18 +74,10 @@ def main(argv=None, timer=None):
     for name in ("queries", "lengths", "batches"):
         setattr(args, name, sorted({n for part in getattr(args, name) for n in part}))
     plan = plan_of(args, names)
-    if args.plan:
-        print(cells.describe(plan))
-        return 0
-    timer = cells.timer_here(timer)
-    if timer is None:
-        return 2
-    provenance = cells.Provenance("decode", timer, args.seed)
-    with contextlib.closing(cells.open_records(args, p, provenance.device)) as file:
-        stopped = cells.guarded(lambda: cells.execute(args, plan, timer, file, provenance))
-    if stopped is not None:
-        return stopped
-    found = grid.by_cell(grid.newest(file.rows), names, args.dtype)
+    rows, ended = cells.measured(args, p, "decode", plan, timer)
+    if rows is None:
+        return ended
+    found = grid.by_cell(grid.newest(rows), names, args.dtype)
     print(f"\nµs, {args.dtype}; * the best peer; ÷* ours over it")
     print(cells.text(*grid.decode_table(found, names), 0))
     print("\n".join([*cells.reasons(found), *grid.peers_verdicts(found, names)]))

@@ -107,22 +107,11 @@ def main(argv=None, timer=None, clocks=CLOCKS):
             " bench/peers.py compares with the others"
         )
     plan = small_plan(args.backends) if args.small_calls else cells.plan_of(args)
-    if args.plan:
-        print(cells.describe(plan))
-        return 0
-    timer = cells.timer_here(timer)
-    if timer is None:
-        return 2
-    provenance = cells.Provenance("ladder", timer, args.seed)
-    with contextlib.closing(cells.open_records(args, p, provenance.device)) as file:
-        if args.small_calls:
-            work = functools.partial(measure_small, args, plan, timer, file, provenance, clocks)
-        else:
-            work = functools.partial(cells.execute, args, plan, timer, file, provenance)
-        stopped = cells.guarded(work)
-    if stopped is not None:
-        return stopped
-    rows = grid.newest(file.rows)
+    work = functools.partial(measure_small, clocks=clocks) if args.small_calls else cells.execute
+    rows, ended = cells.measured(args, p, "ladder", plan, timer, work)
+    if rows is None:
+        return ended
+    rows = grid.newest(rows)
     if args.small_calls:
         head, lines, found = grid.small_table(rows, args.backends, args.dtype)
         print("\n" + cells.text(head, lines, 1))

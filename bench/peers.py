@@ -20,7 +20,6 @@ argument or a machine without a GPU.
 """
 
 import argparse
-import contextlib
 import sys
 
 from flashstudy.backends import BACKENDS
@@ -59,19 +58,11 @@ def main(argv=None, timer=None):
     if args.long:
         args.lengths = list(grid.LONG_LENGTHS)
     plan = cells.plan_of(args)
-    if args.plan:
-        print(cells.describe(plan))
-        return 0
-    timer = cells.timer_here(timer)
-    if timer is None:
-        return 2
-    provenance = cells.Provenance("peers", timer, args.seed)
-    with contextlib.closing(cells.open_records(args, p, provenance.device)) as file:
-        stopped = cells.guarded(lambda: cells.execute(args, plan, timer, file, provenance))
-    if stopped is not None:
-        return stopped
+    rows, ended = cells.measured(args, p, "peers", plan, timer)
+    if rows is None:
+        return ended
     names = [*args.backends, MATMUL]
-    found = grid.by_cell(grid.newest(file.rows), names, args.dtype)
+    found = grid.by_cell(grid.newest(rows), names, args.dtype)
     print(f"\nTFLOP/s, {args.dtype}; * the best peer; ÷* ours over it")
     print(cells.text(*grid.peers_table(found, names)))
     print("\n".join([*cells.reasons(found), *grid.peers_verdicts(found, names)]))
