@@ -6,8 +6,8 @@ what `_host` says of every pair: o, and lse, the natural logarithm of each row's
 
 The backward adds up dQ in the order in which its programs come, so two calls differ in dQ's last
 bits; dK and dV, and the forward, repeat bit by bit. `deterministic=True`, or PyTorch's
-torch.use_deterministic_algorithms(True), gives dQ an order too, at the cost told in
-`v7_hopper_backward`.
+torch.use_deterministic_algorithms(True), gives dQ an order too, in which programs wait for one
+another.
 """
 
 import torch
