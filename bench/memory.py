@@ -19,7 +19,9 @@ length whose inputs, causal mask and delta peak fit. Then it is tried, one lengt
 
 Each backend has a process of its own. It starts a cell only when it has given back all of what the
 last one held, so that no cell can harm the next. Naive is called once before at the same length,
-which builds its mask; the others at the shortest length alone.
+which builds its mask; the others at the shortest length alone. The allocator of these processes
+grows one segment page by page (expandable segments), so that gaps between matrices, which no peak
+counts and no later matrix fits into, do not bring the end forward.
 
 It ends within --budget seconds; what does not fit is named and left to the next run. Records go to
 results/memory-DEVICE.jsonl as each cell is done; the same command again measures only what is
@@ -56,6 +58,9 @@ MARGIN = 0.02  # of the bytes that are free: how far on either side of the predi
 SLACK = 64 * common.MIB  # that a process may hold more after a cell: workspaces of libraries
 SLOW = 250e12  # FLOP/s at which a call is expected to run, where time is short
 GRACE = 15  # seconds that a process may be late
+# Of a backend's process. The first name is that of torch since 2.9, the other that of those before.
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR = "expandable_segments:True"
 
 
 # What is expected
@@ -196,8 +201,9 @@ class Worker:
 
     def __init__(self, task):
         self.process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | dict.fromkeys(ALLOCATOR_NAMES, ALLOCATOR),
+        )  # fmt: skip
         self.task, self.began = task, False
 
     def begin(self):
