@@ -22,7 +22,7 @@ def _causal(n_q, n_k, device):
     """Block mask, bottom-right; cached, so that a repeated (timed) call does not pay for it.
 
     Block by block: torch's create_block_mask, run eagerly, makes it from the N_Q × N_K mask itself
-    and takes 10 bytes for each of its elements on the way, 10 GiB at 32,768 tokens and 160 at 131,072.
+    and takes 10 bytes for each of its elements on the way: 10 GiB at 32,768 tokens, 160 at 131,072.
     """
     offset = n_k - n_q
     rows = torch.arange(0, n_q, BLOCK, device=device)[:, None]  # first query of each block

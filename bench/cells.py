@@ -85,13 +85,17 @@ def words(allowed):
 
 
 def limit(text):
-    """argparse type: BACKEND=N,N,…, the only lengths at which a backend takes part."""
-    name, _, lengths = text.partition("=")
+    """argparse type: BACKEND=N,N,…[@D,D,…], the only lengths (and head dims) of a backend."""
+    name, _, where = text.partition("=")
     if name not in BACKENDS:
         raise argparse.ArgumentTypeError(f"no backend {name!r}; there are {', '.join(BACKENDS)}")
-    if not (lengths := common.positives(lengths)):
-        raise argparse.ArgumentTypeError(f"expected {name}=N,N,…, got {text!r}")
-    return name, lengths
+    lengths, at, head_dims = where.partition("@")
+    found = common.positives(lengths), common.positives(head_dims)
+    if not found[0] or bool(at) != bool(found[1]):
+        raise argparse.ArgumentTypeError(
+            f"expected {name}=N,N,… or {name}=N,N,…@D,D,…, got {text!r}"
+        )
+    return name, *found
 
 
 def add_arguments(parser, backends, lengths):
@@ -118,9 +122,10 @@ def add_arguments(parser, backends, lengths):
         help="of a cell: the batch is TOKENS / N, at least 1 (default: %(default)s)")  # fmt: skip
     add("--hidden", type=common.positive, default=grid.HIDDEN,
         help="heads are HIDDEN / D (default: %(default)s)")  # fmt: skip
-    add("--limit", type=limit, action="append", default=[], metavar="NAME=N,…",
-        help="this backend takes part at these lengths only; may be repeated. FlexAttention"
-             " compiles every shape for seconds: flex=4096 keeps a run short")  # fmt: skip
+    add("--limit", type=limit, action="append", default=[], metavar="NAME=N,…[@D,…]",
+        help="this backend takes part at these lengths, and head dims, only; may be repeated."
+             " FlexAttention compiles every shape for seconds: flex=4096@64,128 keeps a run"
+             " short")  # fmt: skip
     add_run_arguments(parser)
 
 
@@ -170,12 +175,19 @@ def plan_of(args):
     """{cell: backends that take part in it, the matrix product with them}."""
     directions = grid.DIRECTIONS if args.direction == "both" else (args.direction,)
     causal = [mask == "causal" for mask in args.masks]
-    only = dict(args.limit)
+    only = {name: (lengths, head_dims) for name, lengths, head_dims in args.limit}
+
+    def takes_part(name, cell):
+        lengths, head_dims = only.get(name, ((), ()))
+        return cell.length in (lengths or (cell.length,)) and (
+            cell.head_dim in (head_dims or (cell.head_dim,))
+        )
+
     plan = {}
     for cell in grid.cells(
         directions, args.head_dims, causal, args.lengths, args.tokens, args.hidden
     ):
-        names = [n for n in args.backends if cell.length in only.get(n, (cell.length,))]
+        names = [n for n in args.backends if takes_part(n, cell)]
         if names:
             plan[cell] = [*names, MATMUL]
     return plan

@@ -45,11 +45,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 METHOD = ("block.py", "bench/common.py", "bench/seqlen.py")  # what the main job measures with
 FLUSH_BYTES = 256 * MIB  # several times the L2 cache of any GPU
+LONG = 0.2  # seconds from which two calls a round are enough
 MOST_IDLE = 3e-3  # seconds before a timed call; no backend takes longer to launch
 GRAPH_CALLS = 20  # in one graph, at most: the start of a replay spreads over them
 # What is timed must compute attention: with this mask, scale and layout. How well it rounds is for
 # validate/check_outputs.py to judge, which allows one error budget where this allows four.
 GROSS = 4
+# Where this is "1" in the environment, flash-attn-4 keeps what it compiled on disk, for the next
+# process: by itself it compiles for seconds a head dim, mask and dtype in every process.
+FA4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -333,6 +337,7 @@ def samples(fn, device, seconds, least, most):
     for _ in range(min(20, int(5e-3 / done))):  # 5 ms of warm-up, the clocks rise
         fn()
     idle = idle_before([(done, launched)])
+    least = least if done < LONG else min(least, 2)
     count = max(least, min(most, int(seconds / (done + idle))))
     return event_times(fn, count, flush_buffer(device), idle)
 

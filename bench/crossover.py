@@ -29,9 +29,9 @@ between powers of two, and FlexAttention between powers of four, since each of t
 for seconds; SDPA in the heat map, whose cuDNN kernels are planned anew for every shape. --backends
 measures what it names everywhere. Without a GPU there is one clock, and the answer is the CPU's.
 
-In every cell the backends take turns (A B C A B C …). The crossing is interpolated between the two
-lengths around it; its interval comes from turns drawn again (figures/crossings.py says how). "At
-every length" and "nowhere" are answers too.
+In every cell the backends take turns, each round in another order. The crossing is interpolated
+between the two lengths around it; its interval comes from turns drawn again (figures/crossings.py
+says how). "At every length" and "nowhere" are answers too.
 
 Records go to results/crossover-DEVICE.jsonl as each cell is done; the same command again measures
 only what is missing. python figures/crossover.py draws them.
@@ -246,7 +246,7 @@ class Session(rounds.Session):
         return made
 
     def take_turns(self, clocks, metric, field, turns, idle):
-        """A B C A B C … on one clock."""
+        """On one clock, every round in another order."""
         timed = {}
 
         def prepare(it):
@@ -259,7 +259,7 @@ class Session(rounds.Session):
 
         for it in field:
             self.attempt(it, lambda it=it: prepare(it))
-        rounds.take_turns(field, turns, lambda it: self.attempt(it, lambda: turn(it)))
+        rounds.take_turns(field, turns, lambda it: self.attempt(it, lambda: turn(it)), self.draw)
 
 
 def chosen(name):

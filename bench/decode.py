@@ -9,8 +9,8 @@ A call has to read K and V once, and hardly computes: the yardstick is the rate 
 them. Tiles of queries alone cannot fill a GPU here, so the fastest implementations pack the query
 heads of a KV head into one tile and split the keys over programs.
 
-Backends take turns (A B C A B C …); the GPU idles before each timed call where launching takes
-longer than the call, so that the times are the GPU's; each is verified first.
+Backends take turns, each round in another order; the GPU idles before each timed call where
+launching takes longer than the call, so that the times are the GPU's; each is verified first.
 
 Records go to results/decode-DEVICE.jsonl as each cell is done; the same command again measures only
 what is missing.

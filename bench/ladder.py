@@ -6,9 +6,10 @@
     python bench/ladder.py --small-calls                # launch costs at N = 128 and 512
 
 Per head dim, mask and length: TFLOP/s, the share of the 8192³ matrix product, and the gain over the
-step before. The steps and the matrix product take turns (A B C A B C …) in every cell, so that
-clocks and power limits treat them alike. Backward is everything between dO and finished dQ, dK and
-dV. Each step is verified before it is timed; 16,384 tokens and a hidden size of 2048, bf16.
+step before. The steps and the matrix product take turns in every cell, in an order that changes
+from round to round, so that clocks and power limits treat them alike. Backward is everything
+between dO and finished dQ, dK and dV. Each step is verified before it is timed; 16,384 tokens and a
+hidden size of 2048, bf16.
 
 --small-calls measures what a small call costs instead (batch 1, 16 heads of 64, causal, forward):
 host time of an eager call, and GPU time of a CUDA-graph replay, for the steps and their peers.
@@ -89,6 +90,7 @@ def measure_small(args, plan, timer, file, provenance, clocks):
                     contenders,
                     args.rounds,
                     lambda it, m=metric: session.attempt(it, lambda: turn(it, clocks[m])),
+                    session.draw,
                 )
         stamp = provenance.stamp()
         file.append(

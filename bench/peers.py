@@ -6,10 +6,10 @@
     python bench/peers.py --direction forward --head-dims 128 --backends v1_flash,sdpa-cudnn
 
 Head dims 64, 128, 256; full and causal; N from 512 to 16384 at 16,384 tokens and a hidden size of
-2048; bf16. In every cell the backends take turns (A B C A B C …), so that clocks and power limits
-treat them alike: quote the ratios rather than the TFLOP/s. Backward is everything between dO and
-finished dQ, dK and dV. Each backend is verified before it is timed. The 8192³ matrix product takes
-turns with them: the machine's practical ceiling.
+2048; bf16. In every cell the backends take turns, in an order that changes from round to round, so
+that clocks and power limits treat them alike: quote the ratios rather than the TFLOP/s. Backward is
+everything between dO and finished dQ, dK and dV. Each backend is verified before it is timed. The
+8192³ matrix product takes turns with them: the machine's practical ceiling.
 
 Records go to results/peers-DEVICE.jsonl as each cell is done; the same command again measures only
 what is missing, so a long run may be cut in pieces. The table that ends a run shows all records of

@@ -2,19 +2,24 @@
 
     python bench/reference.py                       # all of it
     python bench/reference.py --only seqlen mixed   # some
-    python bench/reference.py --seconds 540         # start nothing new after nine minutes
+    python bench/reference.py --seconds 540         # start nothing that would end later
     python figures/all.py results/reference         # then: every picture and table from the records
 
 Each program writes its own record file under --out and resumes it: the same command again goes on
 where an interrupted one stopped, and measures nothing twice. A program that fails does not keep the
-others from running. Without a GPU the programs that have an answer for a CPU run. On an H200 the
-parts add up to about a quarter of an hour.
+others from running. Without a GPU the programs that have an answer for a CPU run. The programs are
+given what they need on an H200 with 16 CPU cores, less than a quarter of an hour in all; --plan
+says how much each.
+
+What compiles does so in other processes before anything is timed, and what it leaves on disk serves
+the programs that follow; flash-attn-4's own cache is switched on for that.
 
 Exit codes: 0 all done, 1 a program failed, measured something wrong, or is left for the next run,
 2 bad arguments, 130 interrupted.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -22,71 +27,74 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from flashstudy.bench import common
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class Part(NamedTuple):
-    """One program: its command line (without --out), its record file, and what it answers."""
+    """One program: its command line (without --out), its record file, what it answers, and the
+    seconds that it has on an H200."""
 
     command: str
     file: str
     answers: str
+    seconds: int
     cpu: bool = False
 
     def argv(self, folder):
         program, *options = self.command.split()
         return [sys.executable, str(ROOT / program), *options, "--out", str(folder / self.file)]
 
-    def shown(self):
-        """As a reader types it."""
-        return "python " + self.command.replace(" --no-charts", "")
-
 
 MIXED = "naive sdpa sdpa-flash sdpa-cudnn flash-attn flash-attn-4 v1_flash v6_persistent"
-BOTH = "sdpa-cudnn sdpa-flash flex flash-attn flash-attn-4 v1_flash v3_tma v7_hopper_backward"
-LONG = "512 1024 2048 4096 8192 16384 32768 65536 131072"
+BOTH = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
+FAR = "512 1024 2048 4096 8192 16384 32768 65536 131072"
+LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
+# The ladder and the peers carry the claims on the kernels: they have most of the time, for turns
+# so long that the clocks settle.
 PARTS = {
-    "seqlen": Part(
-        "bench/seqlen.py --no-charts", "seqlen.jsonl", "where flash wins, forward", True
-    ),
-    "both": Part(
-        f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {LONG}"
-        f" --backends {BOTH}",
-        "both.jsonl",
-        "forward and backward of a block, to 128k tokens",
-    ),
-    "mixed": Part(
-        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED}",
-        "mixed.jsonl",
-        "how much of the advantage is precision",
-    ),
-    "crossover": Part(
-        "bench/crossover.py --no-charts --budget 90",
-        "crossover.jsonl",
-        "the crossing lengths, on three clocks",
-        True,
-    ),
-    "roofline": Part("bench/roofline.py", "roofline.jsonl", "why: traffic, rates, ceilings"),
-    "memory": Part("bench/memory.py", "memory.jsonl", "peak memory to a million tokens"),
+    "ladder": Part("bench/ladder.py --budget 80", "ladder.jsonl", "what each step gains", 80),
+    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 50),
     "peers": Part(
-        "bench/peers.py --budget 170 --limit flex=512,4096,16384",
-        "peers.jsonl",
-        "our fastest kernels beside the libraries'",
+        "bench/peers.py --budget 155 --limit flex=512,4096,16384@64,128", "peers.jsonl",
+        "our fastest kernels beside the libraries'", 155,
     ),
     "peers-long": Part(
-        "bench/peers.py --long --head-dims 128 --limit flex=131072 --budget 45",
-        "peers.jsonl",
-        "the same at 32k to 128k tokens",
+        f"bench/peers.py --long --head-dims 128 --backends {LONG} --limit flex=32768"
+        " --limit flash-attn=32768 --rounds 2 --budget 50",
+        "peers-long.jsonl", "the same at 32k to 128k tokens", 50,
     ),
-    "ladder": Part("bench/ladder.py --budget 90", "ladder.jsonl", "what each step gains"),
+    "seqlen": Part(
+        "bench/seqlen.py --no-charts", "seqlen.jsonl", "where flash wins, forward", 120, True
+    ),
+    "both": Part(
+        f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {FAR}"
+        f" --backends {BOTH}",
+        "both.jsonl", "forward and backward of a block, to 128k tokens", 90,
+    ),
+    "crossover": Part(
+        "bench/crossover.py --no-charts --budget 90", "crossover.jsonl",
+        "the crossing lengths, on three clocks", 90, True,
+    ),
+    "mixed": Part(
+        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED}", "mixed.jsonl",
+        "how much of the advantage is precision", 60,
+    ),
+    "roofline": Part(
+        "bench/roofline.py --budget 65", "roofline.jsonl", "why: traffic, rates, ceilings", 65
+    ),
+    "memory": Part(
+        "bench/memory.py --budget 42", "memory.jsonl", "peak memory to a million tokens", 42
+    ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 40", "small-calls.jsonl", "what a launch costs"
+        "bench/ladder.py --small-calls --budget 25", "small-calls.jsonl", "what a launch costs", 25
     ),
-    "decode": Part("bench/decode.py --budget 35", "decode.jsonl", "few queries over many keys"),
-    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike"),
-}
+    "decode": Part(
+        "bench/decode.py --budget 25", "decode.jsonl", "few queries over many keys", 25
+    ),
+}  # fmt: skip
 
 
 def parser():
@@ -98,13 +106,20 @@ def parser():
         + "\n".join(f"  {name:12} {part.answers}" for name, part in PARTS.items()),
     )
     p.add_argument("--only", nargs="+", choices=PARTS, metavar="NAME", help="these programs alone")
-    p.add_argument("--seconds", type=float, help="start no further program after this time")
+    p.add_argument(
+        "--seconds", type=float, help="start no program that would not end within this time"
+    )
     p.add_argument(
         "--out", type=Path, default=ROOT / "results" / "reference", metavar="DIR",
         help="folder of the record files (default: results/reference)",
     )  # fmt: skip
     p.add_argument("--plan", action="store_true", help="print the commands and stop")
     return p
+
+
+def planned(names):
+    """Seconds that these programs have on an H200."""
+    return sum(PARTS[n].seconds for n in names)
 
 
 def lines_in(path):
@@ -118,7 +133,8 @@ def main(argv=None):
         p.error(f"argument --seconds: expected a number above 0, got {args.seconds}")
     names = [n for n in PARTS if n in (args.only or PARTS)]
     if args.plan:
-        print("\n".join(" ".join(PARTS[n].argv(args.out)[1:]) for n in names))
+        rows = [(PARTS[n].seconds, "python " + PARTS[n].command) for n in names]
+        print(tabulate([*rows, (planned(names), "in all")], ["s", "program"], "plain"))
         return 0
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -126,19 +142,23 @@ def main(argv=None):
         p.error(f"argument --out: {e}")
 
     gpu = torch.cuda.is_available()
+    environment = {common.FA4_CACHE: "1"} | os.environ
     began, done = time.monotonic(), []
     for i, name in enumerate(names, start=1):
         part, start = PARTS[name], time.monotonic()
         left = None if args.seconds is None else began + args.seconds - start
         if not gpu and not part.cpu:
             done.append((name, "needs a GPU", None, None))
-        elif left is not None and left <= 0:
+        elif left is not None and left < (part.seconds if gpu else 0):
             done.append((name, "left for the next run", None, None))
         else:
-            print(f"\n==== {i} of {len(names)}: {name}: {part.answers}\n", flush=True)
+            times = f"{start - began:.0f} s gone"
+            if gpu:
+                times += f", about {planned(names[i - 1 :])} to go"
+            print(f"\n==== {i} of {len(names)}, {times}: {name}: {part.answers}\n", flush=True)
             before = lines_in(args.out / part.file)
             try:
-                code = subprocess.run(part.argv(args.out), cwd=ROOT).returncode
+                code = subprocess.run(part.argv(args.out), cwd=ROOT, env=environment).returncode
             except KeyboardInterrupt:  # the program had it too and has kept what it measured
                 return 130
             if code == 130:
@@ -148,12 +168,19 @@ def main(argv=None):
             done.append((name, what, new, time.monotonic() - start))
 
     rows = [
-        (name, what, "" if new is None else new, "" if s is None else f"{s:.0f}")
+        (
+            name,
+            what,
+            "" if new is None else new,
+            "" if s is None else f"{s:.0f}",
+            PARTS[name].seconds,
+        )
         for name, what, new, s in done
     ]
     total = time.monotonic() - began
-    rows.append(("in all", "", sum(n or 0 for _, _, n, _ in done), f"{total:.0f}"))
-    print("\n" + tabulate(rows, ["program", "", "new records", "s"], disable_numparse=True))
+    rows.append(("in all", "", sum(n or 0 for _, _, n, _ in done), f"{total:.0f}", planned(names)))
+    head = ["program", "", "new records", "s", "planned"]
+    print("\n" + tabulate(rows, head, disable_numparse=True))
     print(f"\nEvery picture and table from them: python figures/all.py {args.out}")
     return 0 if all(what in ("done", "needs a GPU") for _, what, _, _ in done) else 1
 

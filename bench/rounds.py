@@ -2,16 +2,20 @@
 
     set-up    every backend in every cell once: compiled, checked against the reference (at the
               smallest length of its sweep), and its cost taken
-    cells     in random order; in each, the backends take turns A B C A B C …, a few rounds of many
-              calls, and the median over all rounds counts
+    cells     in random order; in each, the backends take turns, a few rounds of many calls each,
+              and the median over all rounds counts. Every round has an order of its own, and the
+              first calls of a turn do not count: under a power limit the clocks follow what ran
+              just before, and in a fixed order that is always the same one
 
 Device events around each call give the time; the L2 cache is flushed before it. Where some backend
 of a cell takes longer to launch than to run, the GPU idles before every timed call of the cell,
 equally long for all, so that the host is ahead and the events see the GPU alone.
 """
 
+import collections
 import concurrent.futures
 import gc
+import itertools
 import math
 import multiprocessing
 import os
@@ -22,6 +26,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch._functorch.config
+import torch._inductor.config
 from flashstudy.backends import load, why_not
 from flashstudy.bench import common
 from flashstudy.figures import grid
@@ -32,7 +37,9 @@ MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns lik
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
 SETUP_SHARE = 0.5  # of a budget
-MOST_CALLS = 100  # of one backend in one turn
+MOST_CALLS = 200  # of one backend in one turn
+DRAWS = 100  # orders of a round to choose from
+LEAD_S = 0.03  # seconds at the start of a turn that do not count, at most half of it
 # What compiles for seconds a configuration (flash-attn-4) or a shape and is not ours: the first to
 # be left out where a budget is short, from the last on.
 SLOW_SETUP = ("naive-compiled", "flash-attn-4", "flex")
@@ -149,12 +156,14 @@ def recover(device, after):
             raise DeviceLost(f"after {after}: {str(e).splitlines()[0]}") from e
 
 
+def compile_alone():
+    """In a process among many that compile: torch's compiler shall start no more of them."""
+    torch._inductor.config.compile_threads = 1
+
+
 def first_call(name, cell, dtype, seed):
     """Call a backend once, in a process of its own, for the sake of what that leaves on disk."""
-    if name in DISK_CACHED:
-        from torch._inductor import config  # slow to import, and needed here alone
-
-        config.compile_threads = 1  # there are enough processes already
+    compile_alone()
     with grad_mode(cell):
         closure(load(name), cell, *inputs(cell, dtype, "cuda", seed))()
     torch.cuda.synchronize()
@@ -245,6 +254,8 @@ class Verifier:
 
 def helped(name):
     """Whether another process can compile for this one."""
+    if name == "flash-attn-4":
+        return os.environ.get(common.FA4_CACHE) == "1"
     return name in DISK_CACHED or name in grid.steps()
 
 
@@ -271,6 +282,7 @@ class Session:
         self.start = time.monotonic()
         self.seconds = seconds
         self.verifier = Verifier(dtype, timer.device, seed)
+        self.draw = random.Random(seed)
         self.attention, self.verdicts, self.reasons = {}, {}, {}
         self.ready = {}  # (cell, name) -> Contender, set up
 
@@ -405,7 +417,7 @@ class Session:
         running = [it for it in able if it.status == "ok"]
         idle = common.idle_before([(it.cost, it.host) for it in running])
         with grad_mode(cell):
-            take_turns(able, self.rounds, lambda it: self.turn(it, slot, idle))
+            take_turns(able, self.rounds, lambda it: self.turn(it, slot, idle), self.draw)
         for it in able:
             it.call = None  # and with it what its forward saved
         return field
@@ -433,7 +445,7 @@ class Session:
         calls = max(1, min(MOST_CALLS, int(slot / period)))
         times = self.attempt(it, lambda: self.timer.turn(it.call, calls, idle))
         if times is not None:
-            it.turns.append(times)
+            it.turns.append(times[min(calls // 2, int(LEAD_S / period)) :])
 
     def run(self, write, progress=lambda things, **_: things):
         """Measure everything; `write(cell, contenders)` after each cell.
@@ -456,8 +468,18 @@ class Session:
         return not_set_up, not_measured
 
 
-def take_turns(field, rounds, turn):
-    """A B C A B C …: `turn(contender)`, `rounds` times each."""
+def take_turns(field, rounds, turn, draw):
+    """`turn(contender)`, `rounds` times each. `draw`, a random.Random, draws an order a round.
+
+    Of some drawn the one counts in which the fewest follow on whom they have followed before.
+    """
+    followed, last = collections.Counter(), None
     for _ in range(rounds):
-        for it in field:
-            turn(it)
+
+        def again(order, last=last):
+            return sum(followed[pair] for pair in itertools.pairwise([last, *order]))
+
+        order = min((draw.sample(range(len(field)), len(field)) for _ in range(DRAWS)), key=again)
+        followed.update(itertools.pairwise([last, *order]))
+        for last in order:
+            turn(field[last])

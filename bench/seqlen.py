@@ -28,7 +28,7 @@ import torch
 import torch._functorch.config
 from flashstudy import backends
 from flashstudy.backends import torch_sdpa
-from flashstudy.bench import common
+from flashstudy.bench import common, rounds
 from flashstudy.block import Block
 from flashstudy.figures import answers, records
 from flashstudy.validate import errors
@@ -41,6 +41,8 @@ UNITS = {
     "time_ms": "ms", "graph_ms": "ms", "host_ms": "ms", "peak_delta_mib": "MiB",
     "peak_abs_mib": "MiB", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s",
 }  # fmt: skip
+SHARE = 1 / 4  # of the memory: what a process may keep for the next cell, or take to compile
+FEW_TASKS = 4  # that are compiled where they are needed: starting processes takes seconds
 SUMS_DQ = ("v7_hopper_backward",)  # dQ is added up in fp32, in memory
 INTERPRETED = "Triton kernels need a CUDA GPU; interpreted ones are never timed beside real ones"
 
@@ -85,7 +87,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    ("cuda", "full"): Effort(2, 0.15, 5, 50),
+    ("cuda", "full"): Effort(2, 0.15, 3, 50),
     ("cuda", "quick"): Effort(1, 0.05, 5, 30),
     ("cpu", "full"): Effort(2, 0.15, 3, 50),
     ("cpu", "quick"): Effort(1, 0.05, 3, 50),
@@ -232,6 +234,33 @@ def outcome_into(result, device):
         torch.cuda.empty_cache()
 
 
+def to_compile(cells, much):
+    """Those of the cells that another process can compile for: of what compiles every shape anew,
+    all that take less than `much` memory; of the others the shortest of each sweep.
+    """
+    found = {}
+    for cell in sorted(cells, key=lambda c: c.N):
+        if not rounds.helped(cell.backend):
+            continue
+        if cell.backend not in rounds.DISK_CACHED:
+            found.setdefault(cell._replace(N=0, scope=""), cell)
+        elif cell.backend != "naive-compiled" or predict(cell._replace(backend="naive"))[0] < much:
+            found[cell] = cell
+    return list(found.values())
+
+
+def first_call(cell, index, seed):
+    """Call a cell once, in a process of its own, for the sake of what that leaves on disk."""
+    rounds.compile_alone()
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    torch.manual_seed(seed)
+    with torch.set_grad_enabled(cell.direction == "backward"):
+        _, whole = build(cell, backends.load(cell.backend), device)
+        whole()
+    torch.cuda.synchronize()
+
+
 class Bench:
     """Measures groups of cells that differ in the backend alone, and records them."""
 
@@ -239,6 +268,18 @@ class Bench:
         self.device, self.effort, self.seed = device, effort, seed
         self.random = random.Random(seed)
         self.verdicts = {}  # (backend, dtype, direction) -> (status, reason), of those that failed
+        self.much = common.memory_bytes(device) * SHARE
+
+    def precompile(self, cells):
+        """On a GPU, compile in other processes what these cells need and what stays on disk."""
+        tasks = to_compile(cells, self.much)
+        if self.device.type != "cuda" or len(tasks) < FEW_TASKS:
+            return
+        print(f"compiling {len(tasks)} kernels in other processes …", flush=True)
+        tasks = [(cell, self.device.index, self.seed) for cell in tasks]
+        for cell, *_ in rounds.Precompiler(tasks, first_call).wait():
+            reason = f"at N = {cell.N} it did not return within {rounds.PATIENCE} s"
+            self.verdicts[cell.backend, cell.dtype, cell.direction] = "failed", reason
 
     def verify(self, cells):
         """Judge each backend against the fp64 reference at the sweep's smallest length."""
@@ -257,7 +298,7 @@ class Bench:
             if direction == "forward":
                 tensors[3] = None
             expectation = errors.expect(*tensors, causal=c.causal)
-            for name in some:
+            for name in (b for b in some if (b, dtype, direction) not in self.verdicts):
                 judged = Result()
                 try:
                     with outcome_into(judged, self.device):
@@ -276,8 +317,8 @@ class Bench:
 
     def _ready(self, cell):
         """The cell's functions on fresh data and, in the block, a fresh model."""
-        if self.device.type == "cuda":  # nor may what the cell before left behind fill the memory
-            gc.collect()
+        if self.device.type == "cuda" and torch.cuda.memory_reserved() > self.much:
+            gc.collect()  # what the cell before left behind may not fill the memory
             torch.cuda.empty_cache()
         torch.manual_seed(self.seed)
         return build(cell, backends.load(cell.backend), self.device)
@@ -494,11 +535,13 @@ def sweep(args, store, shared):
     bench = Bench(args.device, EFFORTS[args.device.type, shared["effort"]], args.seed)
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
+    cells = [c for group in todo for c in group]
+    bench.precompile(cells)
     print("checking the backends against the fp64 reference …", flush=True)
     try:
-        bench.verify([c for group in todo for c in group])
+        bench.verify(cells)
     except DeadContext:
-        for c in (c for group in todo for c in group):
+        for c in cells:
             if judged := bench.verdicts.get((c.backend, c.dtype, c.direction)):
                 store.append(rows(c, Result(*judged), shared))
         raise

@@ -1,8 +1,8 @@
 """From which length on one backend is faster than another, and how sure that is. Arithmetic only.
 
 Reads the records of bench/crossover.py. A condition is everything but the length: direction, dtype,
-mask, head dim, batch and heads. In each the backends took turns (A B C A B C …) at every length, on
-up to three clocks.
+mask, head dim, batch and heads. In each the backends took turns at every length, on up to three
+clocks.
 
 The crossing. r(N) is the rival's time over the backend's; the crossing is the length from which on
 r > 1 at every longer measured length. It lies between the last length with r <= 1 and the next one,

@@ -464,3 +464,37 @@ def test_a_copy_can_be_told_which_commit_it_is(monkeypatch):
     assert common.environment(torch.device("cpu"))["commit"] == "0123456789ab+"
     monkeypatch.delenv("FLASHSTUDY_COMMIT")
     assert common.environment(torch.device("cpu"))["commit"] != "0123456789ab+"
+
+
+def test_other_processes_compile_every_shape_only_of_what_needs_it(monkeypatch):
+    names = ["naive", "naive-compiled", "flex", "flash-attn-4", "v1_flash"]
+    cells = [
+        seqlen.Cell(name, scope, "forward", "bfloat16", True, 4, 2048, 16, 16, n)
+        for n in (512, 128, 16384)
+        for scope in ("block", "attention")
+        for name in names
+    ]
+    monkeypatch.delenv(common.FA4_CACHE, raising=False)
+    found = seqlen.to_compile(cells, 32 * 2**30)
+    shapes = [(scope, n) for n in (128, 512, 16384) for scope in ("attention", "block")]
+    assert {(c.scope, c.N) for c in found if c.backend == "flex"} == set(shapes)
+    # 64 GiB of scores at 16,384 tokens are more than a process may take to compile.
+    assert {(c.scope, c.N) for c in found if c.backend == "naive-compiled"} == set(shapes[:4])
+    assert [c.N for c in found if c.backend == "v1_flash"] == [128]
+    assert {c.backend for c in found} == {"naive-compiled", "flex", "v1_flash"}
+    monkeypatch.setenv(common.FA4_CACHE, "1")
+    assert [c.N for c in seqlen.to_compile(cells, 2**30) if c.backend == "flash-attn-4"] == [128]
+
+
+def test_what_hangs_in_another_process_is_not_called(tmp_path, monkeypatch, capsys):
+    def hung(bench, cells):
+        bench.verdicts["sdpa-flash", "float32", "forward"] = "failed", "did not return"
+
+    called = []
+    replace(monkeypatch, "sdpa-flash", lambda attention, *qkv, **rest: called.append(1))
+    monkeypatch.setattr(seqlen.Bench, "precompile", hung)
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--scope", "attention", "--out", str(out)]) == 1
+    found = {k[0]: m["time_ms"]["status"] for k, m in cells_of(out).items()}
+    assert found == {"naive": "ok", "sdpa-flash": "failed"}
+    assert not called

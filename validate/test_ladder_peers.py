@@ -1,8 +1,10 @@
 """bench/ladder.py, bench/peers.py and their figures, with a timer that needs no GPU."""
 
+import collections
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import statistics
@@ -45,6 +47,23 @@ class FakeTimer:
         self.turns.append(calls)
         call()
         return [1.0 + i / 100 for i in range(calls)]
+
+
+class Clock(FakeTimer):
+    """A timer in whose world every call takes `cost` seconds and nothing else any time."""
+
+    def __init__(self, cost):
+        super().__init__()
+        self.now, self.cost = 0.0, cost
+
+    def once(self, call):
+        self.now += self.cost
+        return self.cost, 0.0
+
+    def turn(self, call, calls, idle):
+        self.turns.append(calls)
+        self.now += self.cost * calls
+        return [self.cost * 1e3] * calls
 
 
 @pytest.fixture
@@ -192,10 +211,15 @@ def test_our_best_are_the_last_portable_and_the_last_newer_step(monkeypatch):
 # Turns
 
 
-def test_backends_take_turns():
-    order = []
-    rounds.take_turns("ABC", 3, order.append)
-    assert "".join(order) == "ABCABCABC"
+@pytest.mark.parametrize(("field", "rounds_"), [("ABC", 2), ("ABCDEFGH", 3), ("ABCDEFGH", 5)])
+def test_backends_take_turns_and_none_follows_on_the_same_one_twice(field, rounds_):
+    for seed in range(20):
+        order = []
+        rounds.take_turns(field, rounds_, order.append, random.Random(seed))
+        turns = [order[i : i + len(field)] for i in range(0, len(order), len(field))]
+        assert [sorted(turn) for turn in turns] == [list(field)] * rounds_
+        pairs = collections.Counter(itertools.pairwise(order))
+        assert sum(n - 1 for n in pairs.values()) <= len(order) // 10  # by chance, a few
 
 
 def test_a_cell_takes_turns_and_pools_all_rounds(tame):
@@ -211,13 +235,31 @@ def test_a_cell_takes_turns_and_pools_all_rounds(tame):
     )  # fmt: skip
     written = {}
     assert session.run(lambda c, field: written.update({c: field})) == ([], [])
-    assert order[-9:] == names * 3
+    made = [order[-9:][i : i + 3] for i in (0, 3, 6)]
+    assert all(sorted(turn) == sorted(names) for turn in made)
+    assert len({tuple(turn) for turn in made}) > 1
     timed = timer.turns[-9:]
     assert set(timed) == {4}  # of 1.01 ms each, in a slot of 4.5 ms
     record = cells.row(cell, written[cell][0], torch.bfloat16, {})
-    assert record["samples"] == 12
+    assert record["samples"] == 6  # the first half of a turn begins with the clocks of another
     assert len(record["turns"]) == 3
-    assert record["p50"] == statistics.median([1.0, 1.01, 1.02, 1.03] * 3)
+    assert record["p50"] == statistics.median([1.02, 1.03] * 3)
+
+
+@pytest.mark.parametrize(("cost", "calls", "counted"), [(1e-3, 90, 60), (1e-2, 9, 6), (0.2, 1, 1)])
+def test_the_start_of_a_turn_does_not_count(tame, cost, calls, counted):
+    tame.setattr(rounds.Session, "verdict", lambda self, name, cell: ("ok", None, 0.5))
+    tame.setattr(rounds, "LEAD_S", 0.03)
+    tame.setattr(rounds, "closure", lambda *_: None)
+    cell = grid.Cell("forward", 16, False, 32, 1, 2)
+    session = rounds.Session(
+        {cell: ["v1_flash"]}, Clock(cost), torch.bfloat16, seconds=None, slot=0.0901, rounds=1,
+        seed=0, report=print,
+    )  # fmt: skip
+    written = []
+    session.run(lambda c, field: written.extend(field))
+    assert session.timer.turns[-1] == calls
+    assert len(written[0].turns[0]) == counted
 
 
 def test_a_failing_backend_is_a_row_and_the_others_go_on(tame):
@@ -240,23 +282,6 @@ def test_a_failing_backend_is_a_row_and_the_others_go_on(tame):
     assert "34 GiB" in written[0].reason
     assert written[0].turns == []
     assert len(written[1].turns) == 3
-
-
-class Clock(FakeTimer):
-    """A timer in whose world every call takes `cost` seconds and nothing else any time."""
-
-    def __init__(self, cost):
-        super().__init__()
-        self.now, self.cost = 0.0, cost
-
-    def once(self, call):
-        self.now += self.cost
-        return self.cost, 0.0
-
-    def turn(self, call, calls, idle):
-        self.turns.append(calls)
-        self.now += self.cost * calls
-        return [self.cost * 1e3] * calls
 
 
 @pytest.mark.parametrize(("seconds", "complete"), [(10, True), (2, False)])

@@ -164,10 +164,10 @@ def test_the_same_command_measures_only_what_is_missing(gpu, tmp_path):
 
 
 STUB = """
-import sys
+import os, sys
 from flashstudy.bench import memory, seqlen
 def measured(cell, device, before=False):
-    print("what a library prints")
+    print("what a library prints with", os.environ["PYTORCH_ALLOC_CONF"])
     result = seqlen.Result()
     result.bytes = {{"peak_delta_mib": memory.expected_bytes(cell), "peak_abs_mib": 2**40}}
     if cell.N == {hangs}:
@@ -192,7 +192,7 @@ def test_a_real_process_answers_over_its_pipes(tmp_path, monkeypatch, hangs, cap
     assert [r["N_Q"] for r in rows] == [1024, 4096, 65536]
     assert [r["status"] for r in rows[1:]] == ["failed" if hangs else "ok"] * 2
     out, err = capfd.readouterr()
-    assert "what a library prints" in err
+    assert "what a library prints with expandable_segments:True" in err
     assert ("exit code -9" in out) == bool(hangs)
 
 

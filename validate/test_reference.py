@@ -12,11 +12,12 @@ from flashstudy.figures import all as everything
 from flashstudy.figures import table
 
 PROGRAM = """
-import sys
+import os, sys
 from pathlib import Path
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 with out.open("a") as f:
-    f.write("{}\\n" * int(sys.argv[1]))
+    line = '{"cache": "%s"}\\n' % os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"]
+    f.write(line * int(sys.argv[1]))
 sys.exit(int(sys.argv[2]))
 """
 
@@ -26,10 +27,10 @@ def parts(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.setattr(reference, "ROOT", tmp_path)
     made = {
-        "good": reference.Part("program.py 3 0", "good.jsonl", "is it good", cpu=True),
-        "bad": reference.Part("program.py 2 1", "bad.jsonl", "is it bad", cpu=True),
-        "last": reference.Part("program.py 1 0", "good.jsonl", "does it go on", cpu=True),
-        "gpu": reference.Part("program.py 9 0", "gpu.jsonl", "does it need a GPU"),
+        "good": reference.Part("program.py 3 0", "good.jsonl", "is it good", 1, cpu=True),
+        "bad": reference.Part("program.py 2 1", "bad.jsonl", "is it bad", 2, cpu=True),
+        "last": reference.Part("program.py 1 0", "good.jsonl", "does it go on", 1, cpu=True),
+        "gpu": reference.Part("program.py 9 0", "gpu.jsonl", "does it need a GPU", 5),
     }
     monkeypatch.setattr(reference, "PARTS", made)
     monkeypatch.setattr(reference.torch.cuda, "is_available", lambda: False)
@@ -39,7 +40,7 @@ def parts(tmp_path, monkeypatch):
 def test_every_program_runs_and_a_failing_one_keeps_none_from_it(parts, capsys):
     out = parts / "records"
     assert reference.main(["--out", str(out)]) == 1
-    assert len((out / "good.jsonl").read_text().splitlines()) == 4
+    assert (out / "good.jsonl").read_text() == '{"cache": "1"}\n' * 4
     assert len((out / "bad.jsonl").read_text().splitlines()) == 2
     assert not (out / "gpu.jsonl").exists()
     text = capsys.readouterr().out
@@ -53,6 +54,22 @@ def test_nothing_begins_after_its_time(parts, capsys):
     assert reference.main(["--seconds", "1e-9", "--out", str(out)]) == 1
     assert list(out.iterdir()) == []
     assert "left for the next run" in capsys.readouterr().out
+
+
+def test_on_a_gpu_nothing_begins_that_would_not_end_in_time(parts, monkeypatch, capsys):
+    monkeypatch.setattr(reference.torch.cuda, "is_available", lambda: True)
+    out = parts / "records"
+    assert reference.main(["--seconds", "4.9", "--only", "good", "gpu", "--out", str(out)]) == 1
+    assert [path.name for path in out.iterdir()] == ["good.jsonl"]
+    assert "1 of 2, 0 s gone, about 6 to go: good" in capsys.readouterr().out
+
+
+def test_all_of_it_takes_less_than_a_quarter_of_an_hour():
+    assert reference.planned(reference.PARTS) < 900
+    for part in reference.PARTS.values():
+        options = part.command.split()
+        if "--budget" in options:
+            assert options[options.index("--budget") + 1] == str(part.seconds)
 
 
 @pytest.mark.parametrize(
@@ -108,4 +125,10 @@ def test_it_says_what_it_would_run():
         [sys.executable, reference.ROOT / "bench" / "reference.py", "--plan"],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert len(done.stdout.splitlines()) == len(reference.PARTS)
+    commands = [f"python {part.command}" for part in reference.PARTS.values()]
+    assert [line.split(None, 1)[1] for line in done.stdout.splitlines()[1:-1]] == commands
+    assert done.stdout.splitlines()[-1].split() == [
+        str(reference.planned(reference.PARTS)),
+        "in",
+        "all",
+    ]

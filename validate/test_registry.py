@@ -337,3 +337,33 @@ assert error < 1e-5, error
 def test_the_public_names_resolve():
     package = importlib.import_module("flashstudy")
     assert all(callable(getattr(package, n)) for n in package.__all__)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1), (128, 128), (127, 512), (512, 127), (300, 300), (640, 200)]
+)
+def test_flex_gets_the_block_mask_that_torch_makes_of_the_whole_mask(sizes):
+    from flashstudy.backends import flex
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    offset = sizes[1] - sizes[0]
+    theirs = create_block_mask(lambda b, h, i, j: i + offset >= j, None, None, *sizes, device="cpu")
+    ours = flex._causal(*sizes, torch.device("cpu"))
+    assert ours.seq_lengths == theirs.seq_lengths == sizes
+    assert ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+    for name in ("num_blocks", "indices"):
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            a, b = (getattr(mask, f"{kind}_{name}") for mask in (ours, theirs))
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), f"{kind}_{name}"
+
+
+def test_the_block_mask_of_flex_needs_no_memory_that_grows_with_the_square():
+    from flashstudy.backends import flex
+    from flashstudy.bench import common
+
+    n = 8192
+    made, _ = common.peak(
+        lambda: flex._causal.__wrapped__(n, n, torch.device("cpu")), torch.device("cpu")
+    )
+    assert made < 64 * (n // flex.BLOCK) ** 2 + 2**16  # 10 n² = 671 MB by torch's create_block_mask
