@@ -27,6 +27,7 @@ PROGRAMS = {
     "train": ("train",),
     "small-calls": (),  # tables alone
     "decode": (),
+    "peers-long": (),
 }
 
 

@@ -336,12 +336,16 @@ def markdown(folder=REFERENCE, pictures="figures"):
     for f in found:
         seen = f" ([picture]({pictures}/{f.picture}.png))" if f.picture and f.evidence else ""
         lines.append(f"| {f.claim} | **{f.verdict}** | {f.evidence}{seen} |")
-    lines += ["", "<sub>The rules, in the order of the claims. "]
-    lines[-1] += " ".join(f"{i}. {upper(f.rule)}." for i, f in enumerate(found, 1))
-    lines[-1] += " An exponent is the slope of the logarithms over the longer half of the lengths."
+    lines += ["", "<details><summary>The rules by which the verdicts fell</summary>", ""]
+    lines += [f"{i}. {upper(f.rule)}." for i, f in enumerate(found, 1)]
+    lines += [
+        "",
+        "An exponent is the slope of the logarithms over the longer half of the lengths.",
+        "</details>",
+    ]
     if evidence.alone is not None:
-        lines[-1] += f" {evidence.alone.title()}. {evidence.alone.provenance()}."
-    lines[-1] += " `python figures/claims.py`</sub>"
+        lines += ["", f"<sub>{evidence.alone.title()}. {evidence.alone.provenance()}."]
+        lines[-1] += " `python figures/claims.py`</sub>"
     return "\n".join(lines) + "\n"
 
 

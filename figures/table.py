@@ -1,4 +1,4 @@
-"""Fill the tables of the READMEs from the reference records and the table of backends.
+"""Fill the tables of the documents from the reference records and the table of backends.
 
     python figures/table.py                     # rewrite what stands between the markers
     python figures/table.py --check             # exit code 1 where a file is stale
@@ -23,10 +23,14 @@ from flashstudy.figures import (
     records,
     roofline,
     style,
+    summary,
+    train,
+    validated,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "figures" / "reference"
+DOCUMENTS = ("README.md", "kernels/README.md", "figures/RESULTS.md")
 MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 COMMANDS = {
     "seqlen": "python bench/seqlen.py",
@@ -40,7 +44,14 @@ COMMANDS = {
     "crossover": "python bench/crossover.py",
     "roofline": "python bench/roofline.py",
     "memory": "python bench/memory.py",
+    "train": "python bench/train.py",
+    "peers-long": "python bench/peers.py --long",
+    "validate": "python validate/check_outputs.py",
+    "all": "python bench/reference.py",
 }
+
+
+ABSENT = "Not in these records.\n"
 
 
 class TableError(Exception):
@@ -138,7 +149,7 @@ def short_calls():
     return markdown(["", "GPU (graph replay)", "host (eager call)"], rows) + caption(one, "seqlen")
 
 
-def answer():
+def seqlen_words():
     return "\n".join(" ".join(answers.words(one)) + "\n" for one in sweeps("seqlen"))
 
 
@@ -151,6 +162,101 @@ def mixed():
     if not text:
         raise TableError(f"{REFERENCE / 'mixed.jsonl'}: no backend in both precisions")
     return text.rstrip("\n") + "\n"
+
+
+def answer():
+    """The README's first paragraph; of the record files beside seqlen's what is there counts."""
+    seqlen = sweeps("seqlen")
+    near = crossings.base(crossings.sweeps(kept("crossover")))
+    why = roofline.Study(kept("roofline"))
+    text = summary.answer(seqlen, near, records.sweeps(kept("mixed")), why)
+    return f"{text}\n\n<sub>{seqlen[0].provenance()}. `{COMMANDS['all']}`</sub>\n"
+
+
+def kept(file):
+    """The rows of a reference file, none where there is no such file."""
+    path = REFERENCE / f"{file}.jsonl"
+    try:
+        return records.read(path) if path.exists() else []
+    except (OSError, records.RecordError) as e:
+        raise TableError(f"{path}: {e}") from None
+
+
+def why_short():
+    study = study_of(roofline, "roofline")
+    text = "".join(f"- **{t}.** {said}\n" for t, said in summary.why_lines(study).items())
+    if not text:
+        raise TableError(f"{REFERENCE / 'roofline.jsonl'}: nothing to say")
+    about = f"{roofline.measured_on(study)}. `{COMMANDS['roofline']}`"
+    return f"{text}\n<sub>{about}</sub>\n"
+
+
+def peers_summary():
+    found, names = gridded("peers")
+    text = markdown(*summary.peers_summary(found, names))
+    about = "Speed of ours over theirs: geometric mean (least to most), ahead in so many cells."
+    return text + grid_caption(found, "peers").replace("<sub>", f"<sub>{about} ")
+
+
+def small_words():
+    rows = grid.newest(kept("small-calls"))
+    names = {r["backend"] for r in rows if r["status"] == "ok"}
+    text = summary.small_words(rows, [n for n in records.table() if n in names])
+    if text is None:
+        raise TableError(f"{REFERENCE / 'small-calls.jsonl'}: no small calls")
+    return f"{text}\n"
+
+
+def trained():
+    study = study_of(train, "train")
+    said = [*study.words(), summary.train_words(study)]
+    text = " ".join(x for x in said if x is not None)
+    return f"{text}\n\n<sub>{study.provenance()}. `{COMMANDS['train']}`</sub>\n"
+
+
+def precision_words():
+    text = ""
+    for wide, half in answers.pairs(sweeps("mixed")):
+        if said := answers.mixed_words(wide, half):
+            where = "Inside the block" if wide.scope == "block" else "Attention alone"
+            text += f"{where}: {' '.join(said)} "
+    if not text:
+        raise TableError(f"{REFERENCE / 'mixed.jsonl'}: no backend in both precisions")
+    return text.rstrip() + "\n"
+
+
+def crossed_shortly():
+    """From which length forward, by clock: what most readers want of the crossings."""
+    return crossed(lambda found: [summary_of(crossings.base(found))])
+
+
+def summary_of(base):
+    parts = []
+    for metric in crossings.clocks([base]):
+        if found := summary.of_family(base, "naive", metric):
+            parts.append(f"by {crossings.CLOCKS[metric]} {summary.from_where(found)}")
+    return f"The flash kernels are faster than naive attention {'; '.join(parts)}."
+
+
+def validated_cases():
+    """What the validator counted, where a run of it is on record."""
+    rows = kept("validate")
+    if not rows:
+        return ABSENT
+    header, counts, said = validated.tables(rows)
+    text = f"{validated.total(rows)}\n\n{markdown(header, counts)}\n"
+    text += "".join(f"- {sentence}\n" for sentence in said)
+    return f"{text}\n<sub>{validated.provenance(rows)}. `{COMMANDS['validate']}`</sub>\n"
+
+
+def peers_long():
+    """The peers' table of the longest lengths, where they are on record."""
+    if not kept("peers-long"):
+        return ABSENT
+    found, names = gridded("peers-long")
+    header, rows = grid.peers_table(found, names)
+    said = "".join(f"- {sentence}\n" for sentence in grid.peers_verdicts(found, names))
+    return f"{markdown(header, rows)}\n{said}{grid_caption(found, 'peers-long')}"
 
 
 def gridded(study, **wanted):
@@ -224,10 +330,11 @@ def crossed(made):
 
 
 def study_of(module, file):
-    """The Study of a reference file; module: roofline or memory."""
+    """The Study of a reference file; module: roofline, memory or train."""
     path = REFERENCE / f"{file}.jsonl"
     try:
-        return module.Study(records.read(path))
+        rows = records.read(path)
+        return module.Comparison(rows) if module is train else module.Study(rows)
     except (OSError, records.RecordError) as e:
         raise TableError(f"{path}: {e}") from None
 
@@ -253,7 +360,10 @@ def of_memory(part):
     study = study_of(memory, "memory")
     if not study.lines():
         raise TableError(f"{REFERENCE / 'memory.jsonl'}: no memory was measured")
-    text = "\n\n".join(study.words()) if part == "words" else markdown(*study.table()).rstrip()
+    if part == "short":
+        text = summary.memory_words(study)
+    else:
+        text = "\n\n".join(study.words()) if part == "words" else markdown(*study.table()).rstrip()
     one = study.sweeps[0]
     return f"{text}\n\n<sub>{one.provenance()}. `{COMMANDS['memory']}`</sub>\n"
 
@@ -300,10 +410,20 @@ GRID_TABLES = {
     "head-dims": lambda: of_roofline("head_dims"),
     "memory-words": lambda: of_memory("words"),
     "memory-far": lambda: of_memory("table"),
+    "memory-short": lambda: of_memory("short"),
     "claims": claimed,
+    "why-short": why_short,
+    "peers-summary": peers_summary,
+    "small-words": small_words,
+    "peers-long": peers_long,
+    "validated": validated_cases,
+    "train-words": trained,
+    "crossings-short": crossed_shortly,
 }
 TABLES = {
     "answer": answer,
+    "seqlen-words": seqlen_words,
+    "precision-words": precision_words,
     "backends": capabilities,
     "seqlen-block": lambda: by_length("block", "time_ms", significant),
     "seqlen-throughput": lambda: by_length("block", "tokens_per_s", lambda v: significant(v / 1e6)),
@@ -334,9 +454,7 @@ def main(argv=None):
         description=__doc__.replace("NAMES", "    " + ", ".join(TABLES)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "files", nargs="*", type=Path, help="default: README.md and kernels/README.md"
-    )
+    parser.add_argument("files", nargs="*", type=Path, help=f"default: {', '.join(DOCUMENTS)}")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 where stale")
     parser.add_argument("--print", choices=TABLES, metavar="NAME", help="print one table")
     args = parser.parse_args(argv)
@@ -344,7 +462,7 @@ def main(argv=None):
         if args.print:
             print(TABLES[args.print](), end="")
             return 0
-        usual = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+        usual = [ROOT / path for path in DOCUMENTS]
         stale = []
         for path in args.files or [p for p in usual if p.exists()]:
             text = path.read_text()

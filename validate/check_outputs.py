@@ -19,6 +19,7 @@ Without a GPU, Triton's interpreter runs the portable kernels on the cases it ca
 import argparse
 import contextlib
 import functools
+import importlib.metadata
 import inspect
 import json
 import math
@@ -684,11 +685,26 @@ def plan(args):
     return work, skipped, notes
 
 
-def _environment(device):
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    import triton
+def _about(device):
+    """On what and with what, as figures/validated.py tells it: the first line of --json."""
 
-    return f"{gpu}, torch {torch.__version__}, triton {triton.__version__}"
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "cuda": torch.version.cuda if cuda else None,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "flash_attn": version("flash_attn"),
+        "flash_attn_4": version("flash-attn-4"),
+        "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def main(argv=None):
@@ -696,7 +712,9 @@ def main(argv=None):
     began = time.monotonic()
     torch.set_num_threads(1)  # cases are small: threads would wait for each other
     _be_quiet()
-    print(f"{_environment(args.device)}; reference fp64 on {args.device}")
+    about = _about(args.device)
+    what = f"{about['device']}, torch {about['torch']}, triton {about['triton']}"
+    print(f"{what}; reference fp64 on {args.device}")
     if args.self_test:
         return self_test(args.device, args.dtype)
     work, skipped, notes = plan(args)
@@ -715,6 +733,8 @@ def main(argv=None):
         tqdm(total=total, unit="case", mininterval=1 if sys.stderr.isatty() else 15) as bar,
         open(args.json, "w") if args.json else contextlib.nullcontext() as file,
     ):
+        if file:
+            file.write(json.dumps({"about": about | {"quick": args.quick}}) + "\n")
 
         def show(record):
             if file:
