@@ -337,9 +337,8 @@ def set_up(args, plan, rest, clocks):
             own, clocks.timer, common.DTYPES[dtype], seconds=None, slot=0.0, rounds=args.turns,
             seed=args.seed, report=tqdm.write,
         )  # fmt: skip
-    slow = {backend: i + 1 for i, backend in enumerate(rounds.SLOW_SETUP)}
     order = [
-        (rounds.helped(backend), slow.get(backend, 0), name not in DENSE, backend, dtype, cell)
+        (rounds.helped(backend), rounds.slow(backend), name not in DENSE, backend, dtype, cell)
         for name, part in plan.items()
         for dtype, cell in part
         if (dtype, cell) in rest

@@ -58,8 +58,8 @@ PARTS = {
     "ladder": Part("bench/ladder.py --budget 80", "ladder.jsonl", "what each step gains", 80),
     "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 50),
     "peers": Part(
-        "bench/peers.py --budget 155 --limit flex=512,4096,16384@64,128", "peers.jsonl",
-        "our fastest kernels beside the libraries'", 155,
+        "bench/peers.py --budget 175 --limit flex=512,4096,16384@64,128", "peers.jsonl",
+        "our fastest kernels beside the libraries'", 175,
     ),
     "peers-long": Part(
         f"bench/peers.py --long --head-dims 128 --backends {LONG} --limit flex=32768"

@@ -40,8 +40,8 @@ SETUP_SHARE = 0.5  # of a budget
 MOST_CALLS = 200  # of one backend in one turn
 DRAWS = 100  # orders of a round to choose from
 LEAD_S = 0.03  # seconds at the start of a turn that do not count, at most half of it
-# What compiles for seconds a configuration (flash-attn-4) or a shape and is not ours: the first to
-# be left out where a budget is short, from the last on.
+# What compiles for seconds a configuration (flash-attn-4) or a shape and is not ours: set up last,
+# in this order, and left out where a budget is short.
 SLOW_SETUP = ("naive-compiled", "flash-attn-4", "flex")
 # torch's kernels by name are chosen outside the timed call where the host's time counts: a user who
 # wants one of them chooses it once, and the choice costs several µs of Python.
@@ -259,6 +259,12 @@ def helped(name):
     return name in DISK_CACHED or name in grid.steps()
 
 
+def slow(name):
+    """Place in SLOW_SETUP, from 1; 0 of others, and where another process has compiled it once."""
+    done = name not in SLOW_SETUP or (helped(name) and name not in DISK_CACHED)
+    return 0 if done else SLOW_SETUP.index(name) + 1
+
+
 def smallest(cell, cells):
     """The cell in which to verify for this one: its sweep's shortest, VERIFY_LENGTH at most."""
     sweep = [c for c in cells if (c[:3], c[6:]) == (cell[:3], cell[6:])]
@@ -384,7 +390,7 @@ class Session:
         """
         compiling = self.precompile() if self.timer.device == "cuda" else None
         pairs = [(name, cell) for cell, names in self.plan.items() for name in names]
-        pairs.sort(key=lambda pair: (helped(pair[0]), pair[0] in SLOW_SETUP))
+        pairs.sort(key=lambda pair: (helped(pair[0]), slow(pair[0])))
         left_out = []
         for name, cell in progress(pairs):
             if compiling is not None and helped(name):
@@ -392,7 +398,7 @@ class Session:
                 self.refuse(compiling.wait())
                 compiling = None
             late = self.seconds is not None and self.left() < self.seconds * (1 - SETUP_SHARE)
-            if late and name in SLOW_SETUP:
+            if late and slow(name):
                 left_out.append((name, cell))
             else:
                 self.settle(name, cell)

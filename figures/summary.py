@@ -118,9 +118,9 @@ def _host(near):
     """What a caller from Python waits for."""
     found = of_family(near, "naive", "host_ms") if near is not None else []
     if found:
-        text = f"Called one by one from Python, {from_where(found)}"
+        text = f"Called one by one from Python: {from_where(found)}"
         if any(c.start != crossings.EVERYWHERE for c in found):
-            text += ": what loses there is the launcher, not the algorithm"
+            text += "; what loses there is the launcher, not the algorithm"
         yield text + "."
 
 

@@ -235,7 +235,7 @@ def summary_of(base):
     for metric in crossings.clocks([base]):
         if found := summary.of_family(base, "naive", metric):
             parts.append(f"by {crossings.CLOCKS[metric]} {summary.from_where(found)}")
-    return f"The flash kernels are faster than naive attention {'; '.join(parts)}."
+    return f"Faster than naive attention, of the flash kernels: {'; '.join(parts)}."
 
 
 def validated_cases():

@@ -137,7 +137,10 @@ def test_the_validator_s_counts_are_kept_and_shown(tmp_path, monkeypatch, capsys
     text = table.TABLES["validated"]()
     assert "| v1 flash | bf16 | 2 | 0 | 0 | 0 | 0.90 |" in text
     assert "| flash-attn 2 | bf16 | 0 | 0 | 1 | 1 | – |" in text
-    assert "- SDPA cuDNN, bf16, fp16: 2 cases wrong: o: … values are not finite (such as N_Q=0)" in text
+    assert (
+        "- SDPA cuDNN, bf16, fp16: 2 cases wrong: o: … values are not finite (such as N_Q=0)"
+        in text
+    )
     assert "- flash-attn 2, bf16: 1 case crashed: AcceleratorError: CUDA error: misaligned" in text
     assert "GPU; torch 2.11, Triton 3.6.0; 2026-01-02" in text
     path.write_text(json.dumps(lines[1]) + "\n")
