@@ -431,8 +431,9 @@ class Session:
     def prepare(self, it, cell, given):
         """The call to time, and its costs again: other processes ran during the set-up."""
         it.call = self.closure(it.name, cell, given)
-        cost, host = self.timer.once(it.call)
-        it.cost, it.host = min(it.cost, cost), min(it.host, host)
+        if it.cost < common.LONG:
+            cost, host = self.timer.once(it.call)
+            it.cost, it.host = min(it.cost, cost), min(it.host, host)
 
     def attempt(self, it, action):
         """Do something for a contender that is still in; an exception takes it out."""
