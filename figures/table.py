@@ -204,7 +204,8 @@ def small_words():
     text = summary.small_words(rows, [n for n in records.table() if n in names])
     if text is None:
         raise TableError(f"{REFERENCE / 'small-calls.jsonl'}: no small calls")
-    return f"{text}\n"
+    row = max(rows, key=lambda r: r["utc"])
+    return f"{text}\n\n<sub>{grid.provenance(row)}. `{COMMANDS['small']}`</sub>\n"
 
 
 def trained():
@@ -222,7 +223,7 @@ def precision_words():
             text += f"{where}: {' '.join(said)} "
     if not text:
         raise TableError(f"{REFERENCE / 'mixed.jsonl'}: no backend in both precisions")
-    return text.rstrip() + "\n"
+    return f"{text.rstrip()}\n{caption(half, 'mixed')}"
 
 
 def crossed_shortly():
