@@ -17,7 +17,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 MASKS = ("full", "causal")
-READ_EVERY = 10  # seconds
+READ_EVERY = 30  # seconds
 
 
 # Records
