@@ -67,11 +67,12 @@ PARTS = {
         "peers-long.jsonl", "the same at 32k to 128k tokens", 58,
     ),
     "seqlen": Part(
-        "bench/seqlen.py --no-charts", "seqlen.jsonl", "where flash wins, forward", 120, True
+        "bench/seqlen.py --no-charts --budget 120", "seqlen.jsonl", "where flash wins, forward",
+        120, True,
     ),
     "both": Part(
         f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {FAR}"
-        f" --backends {BOTH}",
+        f" --backends {BOTH} --budget 90",
         "both.jsonl", "forward and backward of a block, to 128k tokens", 90,
     ),
     "crossover": Part(
@@ -79,8 +80,8 @@ PARTS = {
         "the crossing lengths, on three clocks", 90, True,
     ),
     "mixed": Part(
-        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED}", "mixed.jsonl",
-        "how much of the advantage is precision", 60,
+        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED} --budget 60",
+        "mixed.jsonl", "how much of the advantage is precision", 60,
     ),
     "roofline": Part(
         "bench/roofline.py --budget 65", "roofline.jsonl", "why: traffic, rates, ceilings", 65

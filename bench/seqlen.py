@@ -42,6 +42,8 @@ UNITS = {
     "peak_abs_mib": "MiB", "tokens_per_s": "tokens/s", "tflops": "TFLOP/s",
 }  # fmt: skip
 SHARE = 1 / 4  # of the memory: what a process may keep for the next cell, or take to compile
+COMPILE_SHARE = 0.4  # of a budget
+CALLS, CELL_SECONDS = 14, 0.15  # of a cell, where a budget has to be kept
 FEW_TASKS = 4  # that are compiled where they are needed: starting processes takes seconds
 SUMS_DQ = ("v7_hopper_backward",)  # dQ is added up in fp32, in memory
 INTERPRETED = "Triton kernels need a CUDA GPU; interpreted ones are never timed beside real ones"
@@ -270,14 +272,14 @@ class Bench:
         self.verdicts = {}  # (backend, dtype, direction) -> (status, reason), of those that failed
         self.much = common.memory_bytes(device) * SHARE
 
-    def precompile(self, cells):
+    def precompile(self, cells, seconds=math.inf):
         """On a GPU, compile in other processes what these cells need and what stays on disk."""
         tasks = to_compile(cells, self.much)
         if self.device.type != "cuda" or len(tasks) < FEW_TASKS:
             return
         print(f"compiling {len(tasks)} kernels in other processes …", flush=True)
         tasks = [(cell, self.device.index, self.seed) for cell in tasks]
-        for cell, *_ in rounds.Precompiler(tasks, first_call).wait():
+        for cell, *_ in rounds.Precompiler(tasks, first_call).wait(seconds=seconds):
             reason = f"at N = {cell.N} it did not return within {rounds.PATIENCE} s"
             self.verdicts[cell.backend, cell.dtype, cell.direction] = "failed", reason
 
@@ -514,6 +516,16 @@ def reason_against(cell, device):
     return reason_not(cell.backend, device, cell.dtype, cell.direction == "backward")
 
 
+def takes(group):
+    """Seconds that cells of one length need at least, roughly: for calls that take long."""
+
+    def rate(cell):
+        stored = backends.BACKENDS[cell.backend].family == "standard"
+        return 40e12 if stored or cell.dtype == "float32" else 300e12
+
+    return sum(CALLS * c.flops() / rate(c) + CELL_SECONDS for c in group)
+
+
 def sweep(args, store, shared):
     """Measure what is not recorded yet. Returns how many cells that was."""
     groups = plan(args)
@@ -532,11 +544,12 @@ def sweep(args, store, shared):
         return 0
 
     start = time.monotonic()
+    end = math.inf if args.budget is None else start + args.budget
     bench = Bench(args.device, EFFORTS[args.device.type, shared["effort"]], args.seed)
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
     cells = [c for group in todo for c in group]
-    bench.precompile(cells)
+    bench.precompile(cells, math.inf if args.budget is None else COMPILE_SHARE * args.budget)
     print("checking the backends against the fp64 reference …", flush=True)
     try:
         bench.verify(cells)
@@ -561,7 +574,11 @@ def sweep(args, store, shared):
             )
             bar.update()
 
+        late = []
         for group in todo:
+            if time.monotonic() + takes(group) > end:
+                late.append(group)
+                continue
             for cell, result in bench.group(group, step):
                 store.append(rows(cell, result, shared))
             if args.device.type == "cuda":
@@ -569,6 +586,10 @@ def sweep(args, store, shared):
     after = before | {"when": "after", "utc": common.utc()}
     store.append([after | common.gpu_state(args.device)])
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    for group in late:
+        where = "the block" if group[0].scope == "block" else "attention alone"
+        print(f"--budget left no time for {where} at {group[0].N}, {group[0].direction}")
+    left -= sum(map(len, late))
     print(f"measured {left} cells in {minutes} min {seconds} s")
     return left
 
@@ -787,6 +808,9 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
              " in --dtype, as studies often do, and Naive and SDPA in --dtype too, which splits"
              " the speed-up into precision times algorithm")  # fmt: skip
     add("--quick", action="store_true", help="three lengths, few samples: a first look")
+    add("--budget", type=common.positive, metavar="SECONDS",
+        help="begin no length that would not end within this time; the next run goes on from"
+             " there")  # fmt: skip
     add("--out", type=Path, metavar="FILE",
         help="record file, JSON lines (default: results/seqlen-DEVICE.jsonl or"
              " results/seqlen-mixed-DEVICE.jsonl)")  # fmt: skip

@@ -487,7 +487,7 @@ def test_other_processes_compile_every_shape_only_of_what_needs_it(monkeypatch):
 
 
 def test_what_hangs_in_another_process_is_not_called(tmp_path, monkeypatch, capsys):
-    def hung(bench, cells):
+    def hung(bench, cells, seconds):
         bench.verdicts["sdpa-flash", "float32", "forward"] = "failed", "did not return"
 
     called = []
@@ -498,3 +498,28 @@ def test_what_hangs_in_another_process_is_not_called(tmp_path, monkeypatch, caps
     found = {k[0]: m["time_ms"]["status"] for k, m in cells_of(out).items()}
     assert found == {"naive": "ok", "sdpa-flash": "failed"}
     assert not called
+
+
+def test_a_budget_leaves_whole_lengths_to_the_next_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(seqlen, "takes", lambda group: 1e9 if group[0].N == 32 else 0.0)
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--budget", "600", "--out", str(out)]) == 0
+    assert {k[3] for k in cells_of(out)} == {16}
+    said = capsys.readouterr().out
+    assert "--budget left no time for the block at 32, forward" in said
+    assert "measured 4 cells" in said
+    assert seqlen.main([*TWO, "--out", str(out)]) == 0  # without one, all of it
+    assert {k[3] for k in cells_of(out)} == {16, 32}
+
+
+def test_long_lengths_take_longer():
+    cells = [
+        seqlen.Cell(name, "attention", "forward", "bfloat16", True, 4, 2048, 16, 16, 32768)
+        for name in ("naive", "flash-attn")
+    ]
+    flops = 4 * 4 * 16 * 32768**2 * 128 / 2
+    assert seqlen.takes(cells[1:]) == pytest.approx(14 * flops / 300e12 + 0.15)
+    assert seqlen.takes(cells[:1]) > 5 * seqlen.takes(cells[1:])
+    assert seqlen.takes([c._replace(N=128) for c in cells]) < 0.4
+    wide = seqlen.takes([c._replace(dtype="float32") for c in cells[1:]])
+    assert wide > 5 * seqlen.takes(cells[1:])
