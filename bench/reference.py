@@ -51,6 +51,7 @@ class Part(NamedTuple):
 MIXED = "naive sdpa sdpa-flash sdpa-cudnn flash-attn flash-attn-4 v1_flash v6_persistent"
 BOTH = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 FAR = "512 1024 2048 4096 8192 16384 32768 65536 131072"
+GRID = "512,1024,2048,4096,8192,16384"
 LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 # The ladder and the peers carry the claims on the kernels: they have most of the time, for turns
 # so long that the clocks settle.
@@ -58,7 +59,8 @@ PARTS = {
     "ladder": Part("bench/ladder.py --budget 80", "ladder.jsonl", "what each step gains", 80),
     "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 50),
     "peers": Part(
-        "bench/peers.py --budget 175 --limit flex=512,4096,16384@64,128", "peers.jsonl",
+        "bench/peers.py --budget 175 --limit flex=512,4096,16384@64,128"
+        f" --limit sdpa-flash={GRID}@256", "peers.jsonl",
         "our fastest kernels beside the libraries'", 175,
     ),
     "peers-long": Part(
