@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from flashstudy.backends import BACKENDS
+from flashstudy.figures import validated
 from flashstudy.validate import cases, check_outputs, faults
 from flashstudy.validate.check_outputs import Candidate
 
@@ -37,7 +38,12 @@ def test_native_and_interpreted_backends_pass(tmp_path, monkeypatch):
         "--backends", "naive,v1_flash", "--device", "cpu", "--dtype", "fp16,bf16", "--jobs", "2",
         "--quick", "--json", str(file),
     )  # fmt: skip
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    first, *records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert first["about"]["torch"] == torch.__version__
+    assert first["about"]["device"] == "CPU"
+    assert sum(r["ok"] for r in validated.counted([first, *records])) == sum(
+        r["status"] == "ok" for r in records
+    )
     assert {(r["backend"], r["dtype"]) for r in records} == {
         ("naive", "fp16"), ("naive", "bf16"), ("v1_flash", "fp16"),
     }  # fmt: skip
