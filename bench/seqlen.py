@@ -28,6 +28,7 @@ import torch
 import torch._functorch.config
 from flashstudy import backends
 from flashstudy.backends import torch_sdpa
+from flashstudy.bench import cells as grid_cells
 from flashstudy.bench import common, rounds
 from flashstudy.block import Block
 from flashstudy.figures import answers, records
@@ -867,6 +868,7 @@ def main(argv=None):
             "protocol": args.protocol,
             "seed": args.seed,
             "effort": "quick" if args.quick else "full",
+            "command": grid_cells.command("seqlen", sys.argv[1:] if argv is None else argv),
         }
         print(f"{shared['device']}, {shared['memory_mib'] / 1024:.0f} GiB; torch {shared['torch']}")
         absent = {}  # (reason, what) -> backends

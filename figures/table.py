@@ -77,8 +77,13 @@ def sweeps(file, **wanted):
     return found
 
 
+def ran(row, program):
+    """The command that made a row, as it stands there; else how its program is called."""
+    return (row.get("command") or COMMANDS[program]).replace(" --no-charts", "")
+
+
 def caption(one, file):
-    return f"\n<sub>{one.title()}. {one.provenance()}. `{COMMANDS[file]}`</sub>\n"
+    return f"\n<sub>{one.title()}. {one.provenance()}. `{ran(one.row, file)}`</sub>\n"
 
 
 def by_length(scope, metric, form):
@@ -187,7 +192,7 @@ def why_short():
     text = "".join(f"- **{t}.** {said}\n" for t, said in summary.why_lines(study).items())
     if not text:
         raise TableError(f"{REFERENCE / 'roofline.jsonl'}: nothing to say")
-    about = f"{roofline.measured_on(study)}. `{COMMANDS['roofline']}`"
+    about = f"{roofline.measured_on(study)}. `{ran(study.base.row, 'roofline')}`"
     return f"{text}\n<sub>{about}</sub>\n"
 
 
@@ -205,14 +210,14 @@ def small_words():
     if text is None:
         raise TableError(f"{REFERENCE / 'small-calls.jsonl'}: no small calls")
     row = max(rows, key=lambda r: r["utc"])
-    return f"{text}\n\n<sub>{grid.provenance(row)}. `{COMMANDS['small']}`</sub>\n"
+    return f"{text}\n\n<sub>{grid.provenance(row)}. `{ran(row, 'small')}`</sub>\n"
 
 
 def trained():
     study = study_of(train, "train")
     said = [*study.words(), summary.train_words(study)]
     text = " ".join(x for x in said if x is not None)
-    return f"{text}\n\n<sub>{study.provenance()}. `{COMMANDS['train']}`</sub>\n"
+    return f"{text}\n\n<sub>{study.provenance()}. `{ran(study.row, 'train')}`</sub>\n"
 
 
 def precision_words():
@@ -277,7 +282,7 @@ def gridded(study, **wanted):
 
 def grid_caption(found, command):
     row = max((r for of_cell in found.values() for r in of_cell.values()), key=lambda r: r["utc"])
-    return f"\n<sub>{row['dtype']}. {grid.provenance(row)}. `{COMMANDS[command]}`</sub>\n"
+    return f"\n<sub>{row['dtype']}. {grid.provenance(row)}. `{ran(row, command)}`</sub>\n"
 
 
 def of_grid(study, direction):
@@ -326,7 +331,9 @@ def crossed(made):
     got = made(found)
     text = markdown(*got) if isinstance(got, tuple) else " ".join(got) + "\n"
     about = crossings.base(found).condition
-    end = f"{about}. {crossings.provenance(found)}. `{COMMANDS['crossover']}`"
+    end = (
+        f"{about}. {crossings.provenance(found)}. `{ran(crossings.base(found).row(), 'crossover')}`"
+    )
     return f"{text}\n<sub>{end}</sub>\n"
 
 
@@ -352,7 +359,7 @@ def of_roofline(part):
     if not text:
         raise TableError(f"{REFERENCE / 'roofline.jsonl'}: nothing to say of {part}")
     on = study.provenance() if part == "head_dims" else roofline.measured_on(study)
-    about += f"{on}. `{COMMANDS['roofline']}`"
+    about += f"{on}. `{ran(study.base.row, 'roofline')}`"
     return f"{text.rstrip()}\n\n<sub>{about}</sub>\n"
 
 
@@ -366,7 +373,7 @@ def of_memory(part):
     else:
         text = "\n\n".join(study.words()) if part == "words" else markdown(*study.table()).rstrip()
     one = study.sweeps[0]
-    return f"{text}\n\n<sub>{one.provenance()}. `{COMMANDS['memory']}`</sub>\n"
+    return f"{text}\n\n<sub>{one.provenance()}. `{ran(one.row, 'memory')}`</sub>\n"
 
 
 def claimed():

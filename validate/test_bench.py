@@ -92,6 +92,10 @@ def test_a_run_records_every_cell_and_the_same_command_measures_nothing(tmp_path
     assert "Inside the block" in first.split("\n\n")[-3]  # the answer comes last
     assert "Attention alone" in first.split("\n\n")[-2]
     assert len(cells_of(out)) == len(counted) == 8
+    assert {r["command"] for r in rows_of(out)} == {
+        "python bench/seqlen.py --device cpu --embed 32 --heads 2 --quick --no-charts --no-progress"
+        " --backends naive sdpa-flash --lengths 16,32"
+    }
     before = out.read_bytes()
     assert seqlen.main([*TWO, "--out", str(out)]) == 0
     assert "8 recorded already, 0 to measure" in capsys.readouterr().out
