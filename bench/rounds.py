@@ -298,6 +298,10 @@ class Session:
             return float("inf")
         return self.start + self.seconds - time.monotonic()
 
+    def set_up_left(self):
+        """Seconds until the set-up's share of them is up."""
+        return self.left() - (0.0 if self.seconds is None else self.seconds * (1 - SETUP_SHARE))
+
     def inputs(self, cell):
         return inputs(cell, self.dtype, self.timer.device, self.seed)
 
@@ -395,9 +399,9 @@ class Session:
         for name, cell in progress(pairs):
             if compiling is not None and helped(name):
                 self.report(f"waiting for {len(compiling.tasks)} compilations in other processes")
-                self.refuse(compiling.wait())
+                self.refuse(compiling.wait(seconds=max(0.0, self.set_up_left())))
                 compiling = None
-            late = self.seconds is not None and self.left() < self.seconds * (1 - SETUP_SHARE)
+            late = self.set_up_left() < 0
             if late and slow(name):
                 left_out.append((name, cell))
             else:

@@ -395,8 +395,9 @@ def test_our_steps_wait_for_their_compilation_and_none_that_hangs_is_called(tame
     class Compiling:
         tasks = (hung,)
 
-        def wait(self):
+        def wait(self, seconds):
             events.append("wait")
+            assert 0 < seconds <= 50  # half of the budget
             return [hung]
 
     def attention(name):
@@ -413,7 +414,7 @@ def test_our_steps_wait_for_their_compilation_and_none_that_hangs_is_called(tame
     tame.setattr(rounds, "recover", lambda *_: None)
     names = ["v0_naive", "v1_flash", "flex", "sdpa-cudnn", "matmul"]
     session = rounds.Session(
-        {cell: names}, FakeTimer(), torch.bfloat16, seconds=None, slot=1e-3, rounds=3, seed=0,
+        {cell: names}, FakeTimer(), torch.bfloat16, seconds=100, slot=1e-3, rounds=3, seed=0,
         report=lambda line: None,
     )  # fmt: skip
     session.timer.device = "cuda"
