@@ -120,8 +120,9 @@ class Config(NamedTuple):
     head_dim: int  # of the tile: the tensor's, or more, filled with zeros
     block_n: int  # keys a tile
     consumers: int  # warpgroups of ROWS queries
-    stages: int  # buffers of K, and of V
-    q_stages: int  # buffers of Q
+    k_stages: int  # buffers of K
+    v_stages: int  # of V
+    q_stages: int  # of Q
     pingpong: bool  # the consumers take turns
     registers: tuple[int, int]  # a thread: consumer, producer
 
@@ -129,11 +130,11 @@ class Config(NamedTuple):
 # By head dim of the tile. The buffers fill up to 227 KiB; registers add up to 65,536 for all
 # threads.
 CONFIGS = {
-    64: Config(64, 128, 2, 2, 2, True, (240, 24)),
-    128: Config(128, 128, 2, 2, 2, True, (240, 24)),
-    256: Config(256, 64, 2, 2, 1, False, (240, 24)),
+    64: Config(64, 128, 2, 2, 2, 2, True, (240, 24)),
+    128: Config(128, 128, 2, 2, 2, 2, True, (240, 24)),
+    256: Config(256, 64, 2, 3, 2, 1, False, (240, 24)),
 }
-LONG_64 = Config(64, 128, 3, 2, 2, True, (160, 32))
+LONG_64 = Config(64, 128, 3, 2, 2, 2, True, (160, 32))
 LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers are ahead
 
 
@@ -220,8 +221,8 @@ class Work:
     lse_ptr: gl.tensor
     drawn_ptr: gl.tensor  # DRAW: how many tiles have been drawn
     q_bufs: gl.shared_memory_descriptor  # [Q_STAGES · CONSUMERS, 1, 1, ROWS / PACK, PACK, HEAD_DIM]
-    k_bufs: gl.shared_memory_descriptor  # [STAGES, 1, 1, BLOCK_N, HEAD_DIM]
-    v_bufs: gl.shared_memory_descriptor  # likewise
+    k_bufs: gl.shared_memory_descriptor  # [K_STAGES, 1, 1, BLOCK_N, HEAD_DIM]
+    v_bufs: gl.shared_memory_descriptor  # [V_STAGES, 1, 1, BLOCK_N, HEAD_DIM]
     tile_bufs: gl.shared_memory_descriptor  # [2 · 6, 1]: what `_post` says of two tiles
     q_ready: gl.shared_memory_descriptor  # barriers, one a buffer
     q_empty: gl.shared_memory_descriptor
@@ -323,18 +324,18 @@ def _uniform(x):
     )
 
 
-# Named barriers, by number: 9 and 10 "V is read", 11 and 12 "K is read", one a stage, in which the
+# Named barriers, by number: 7 to 9 "V is read", 10 to 12 "K is read", one a stage, in which the
 # consumers arrive and the producer waits; 13 to 15 a consumer's turn (see `v5_pingpong`).
 
 
 @gluon.jit
 def _k_empty(stage):
-    return 11 + stage
+    return 10 + stage
 
 
 @gluon.jit
 def _v_empty(stage):
-    return 9 + stage
+    return 7 + stage
 
 
 @gluon.jit
@@ -368,7 +369,8 @@ def _next(w, turn):
 
 @gluon.jit
 def _producer(w):
-    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    K_STAGES: gl.constexpr = w.k_bufs.shape[0]
+    V_STAGES: gl.constexpr = w.v_bufs.shape[0]
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
     PACK: gl.constexpr = w.q_bufs.shape[4]
     ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
@@ -396,19 +398,25 @@ def _producer(w):
                 tma_load(w.q_desc, [b, h, start_query, 0, 0], q_ready, w.q_bufs.index(q_stage + c))
 
             h_kv = h // w.GROUP
-            for j in range(n_tiles):
-                stage = i % STAGES
+            for j in range(n_tiles + 1):  # K a tile ahead of V, in the order of use
                 start_n = (last - j) * BLOCK_N
-                k_ready, v_ready = w.k_ready.index(stage), w.v_ready.index(stage)
-                if i >= STAGES:
-                    barrier_sync(_k_empty(stage), THREADS)
-                mbarrier.expect(k_ready, w.k_desc.block_type.nbytes)
-                tma_load(w.k_desc, [b, h_kv, start_n, 0], k_ready, w.k_bufs.index(stage))
-                if i >= STAGES:
-                    barrier_sync(_v_empty(stage), THREADS)
-                mbarrier.expect(v_ready, w.v_desc.block_type.nbytes)
-                tma_load(w.v_desc, [b, h_kv, start_n, 0], v_ready, w.v_bufs.index(stage))
+                if j < n_tiles:
+                    stage = i % K_STAGES
+                    k_ready = w.k_ready.index(stage)
+                    if i >= K_STAGES:
+                        barrier_sync(_k_empty(stage), THREADS)
+                    mbarrier.expect(k_ready, w.k_desc.block_type.nbytes)
+                    tma_load(w.k_desc, [b, h_kv, start_n, 0], k_ready, w.k_bufs.index(stage))
+                if j > 0:
+                    stage = (i - 1) % V_STAGES
+                    v_ready = w.v_ready.index(stage)
+                    if i > V_STAGES:
+                        barrier_sync(_v_empty(stage), THREADS)
+                    mbarrier.expect(v_ready, w.v_desc.block_type.nbytes)
+                    before = start_n + BLOCK_N
+                    tma_load(w.v_desc, [b, h_kv, before, 0], v_ready, w.v_bufs.index(stage))
                 i += 1
+            i -= 1
 
             # Last, so that its round trip to L2 hides behind the tiles in the ring.
             if w.DRAW:
@@ -495,21 +503,22 @@ def _give_turn(WHICH: gl.constexpr):
 @gluon.jit
 def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MASKED: gl.constexpr):
     """Scores and softmax of the i-th tile, and P V of the tile before."""
-    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    K_STAGES: gl.constexpr = w.k_bufs.shape[0]
+    V_STAGES: gl.constexpr = w.v_bufs.shape[0]
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
     HEAD_DIM: gl.constexpr = w.k_bufs.shape[4]
     THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
     o_layout: gl.constexpr = acc.type.layout
-    k_stage = i % STAGES
-    v_stage = (i - 1) % STAGES
+    k_stage = i % K_STAGES
+    v_stage = (i - 1) % V_STAGES
     k_smem = w.k_bufs.index(k_stage).reshape([BLOCK_N, HEAD_DIM])
     v_smem = w.v_bufs.index(v_stage).reshape([BLOCK_N, HEAD_DIM])
 
-    mbarrier.wait(w.k_ready.index(k_stage), i // STAGES & 1)
+    mbarrier.wait(w.k_ready.index(k_stage), i // K_STAGES & 1)
     if w.PINGPONG:
         _take_turn(WHICH)
     s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(w.v_ready.index(v_stage), (i - 1) // STAGES & 1)
+    mbarrier.wait(w.v_ready.index(v_stage), (i - 1) // V_STAGES & 1)
     acc = warpgroup_mma(p, v_smem, acc, is_async=True)
     if w.PINGPONG:
         _give_turn((WHICH + 1) % w.CONSUMERS)
@@ -539,7 +548,8 @@ def _store_lse(w, m_i, l_sum, b_o, h, start_m):
 
 @gluon.jit
 def _consumer(w, WHICH: gl.constexpr):
-    STAGES: gl.constexpr = w.k_bufs.shape[0]
+    K_STAGES: gl.constexpr = w.k_bufs.shape[0]
+    V_STAGES: gl.constexpr = w.v_bufs.shape[0]
     BLOCK_N: gl.constexpr = w.k_bufs.shape[3]
     PACK: gl.constexpr = w.q_bufs.shape[4]
     ROWS: gl.constexpr = w.q_bufs.shape[3] * PACK
@@ -570,15 +580,15 @@ def _consumer(w, WHICH: gl.constexpr):
         q_stage = turn % Q_STAGES * w.CONSUMERS + WHICH
         q_smem = w.q_bufs.index(q_stage).reshape([ROWS, HEAD_DIM])
         mbarrier.wait(w.q_ready.index(q_stage), turn // Q_STAGES & 1)
-        mbarrier.wait(w.k_ready.index(i % STAGES), i // STAGES & 1)
-        k_smem = w.k_bufs.index(i % STAGES).reshape([BLOCK_N, HEAD_DIM])
+        mbarrier.wait(w.k_ready.index(i % K_STAGES), i // K_STAGES & 1)
+        k_smem = w.k_bufs.index(i % K_STAGES).reshape([BLOCK_N, HEAD_DIM])
         s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
         if Q_STAGES > 1 and turn > 0:  # by now TMA has read the O of the tile before
             before = (turn - 1) % Q_STAGES * w.CONSUMERS + WHICH
             tma_store_wait(0)
             mbarrier.arrive(w.q_empty.index(before), count=1)
         s = warpgroup_mma_wait(0, [s])
-        barrier_arrive(_k_empty(i % STAGES), THREADS)
+        barrier_arrive(_k_empty(i % K_STAGES), THREADS)
         if n_masked > 0:
             s = _mask(s, _here(visible))
         m_i = gl.full([ROWS], float("-inf"), gl.float32, rows)
@@ -604,8 +614,8 @@ def _consumer(w, WHICH: gl.constexpr):
             i += 1
 
         # P V of the leftmost tile, and meanwhile what does not need it.
-        stage = (i - 1) % STAGES
-        mbarrier.wait(w.v_ready.index(stage), (i - 1) // STAGES & 1)
+        stage = (i - 1) % V_STAGES
+        mbarrier.wait(w.v_ready.index(stage), (i - 1) // V_STAGES & 1)
         v_smem = w.v_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
         acc = warpgroup_mma(p, v_smem, acc, is_async=True)
         # Rows that saw no key have l = 0 and m = -inf: they give 0, and lse -inf.
@@ -639,7 +649,8 @@ def _forward_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     CONSUMERS: gl.constexpr = CONFIG.consumers
-    STAGES: gl.constexpr = CONFIG.stages
+    K_STAGES: gl.constexpr = CONFIG.k_stages
+    V_STAGES: gl.constexpr = CONFIG.v_stages
     Q_BUFS: gl.constexpr = CONFIG.q_stages * CONSUMERS
     CONSUMER_REGISTERS: gl.constexpr = CONFIG.registers[0]
     PRODUCER_REGISTERS: gl.constexpr = CONFIG.registers[1]
@@ -648,22 +659,24 @@ def _forward_kernel(
     BLOCK_N: gl.constexpr = k_desc.block_shape[2]
     HEAD_DIM: gl.constexpr = k_desc.block_shape[3]
     q_shape: gl.constexpr = [Q_BUFS, 1, 1, QUERIES, PACK, HEAD_DIM]
-    k_shape: gl.constexpr = [STAGES, 1, 1, BLOCK_N, HEAD_DIM]
+    k_shape: gl.constexpr = [K_STAGES, 1, 1, BLOCK_N, HEAD_DIM]
+    v_shape: gl.constexpr = [V_STAGES, 1, 1, BLOCK_N, HEAD_DIM]
     q_bufs = gl.allocate_shared_memory(dtype, q_shape, q_desc.layout)
     k_bufs = gl.allocate_shared_memory(dtype, k_shape, k_desc.layout)
-    v_bufs = gl.allocate_shared_memory(dtype, k_shape, v_desc.layout)
+    v_bufs = gl.allocate_shared_memory(dtype, v_shape, v_desc.layout)
     tile_bufs = gl.allocate_shared_memory(gl.int32, [12, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_ready = gl.allocate_shared_memory(gl.int64, [Q_BUFS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFS, 1], mbarrier.MBarrierLayout())
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_ready = gl.allocate_shared_memory(gl.int64, [K_STAGES, 1], mbarrier.MBarrierLayout())
+    v_ready = gl.allocate_shared_memory(gl.int64, [V_STAGES, 1], mbarrier.MBarrierLayout())
     tile_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     tile_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(Q_BUFS):
         mbarrier.init(q_ready.index(n), count=1)
         mbarrier.init(q_empty.index(n), count=1)  # a buffer of Q has one consumer
-    for n in gl.static_range(STAGES):
+    for n in gl.static_range(K_STAGES):
         mbarrier.init(k_ready.index(n), count=1)
+    for n in gl.static_range(V_STAGES):
         mbarrier.init(v_ready.index(n), count=1)
     for n in gl.static_range(2):
         mbarrier.init(tile_ready.index(n), count=1)
