@@ -141,6 +141,9 @@ class TestMachineCode:
             assert len(positions(loop, "BAR.SYNC")) == 3
             # A mask is computed under a branch, where the tile needs one.
             assert bool(positions(loop, "FSEL")) == causal
+            # It compares with constants: columns in registers would be kept from turn to turn.
+            held = [i for i in positions(loop, "ISETP") if not re.search(r"0x|RZ", loop[i][1])]
+            assert len(held) <= 2
         assert len(turns) == 2
 
 
