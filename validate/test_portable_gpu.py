@@ -48,7 +48,7 @@ def gradients(step, q, k, v, do, causal=True):
 
 SHAPES = [  # b, h, h_kv, n_q, n_k, d: every tile, ragged, grouped, with empty rows
     (1, 4, 2, 700, 1100, 128),
-    (2, 2, 2, 1100, 700, 128),
+    (2, 4, 2, 1100, 700, 128),
     (2, 6, 2, 333, 450, 64),
     (1, 4, 1, 130, 257, 256),
     (1, 2, 2, 190, 190, 40),
