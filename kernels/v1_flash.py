@@ -304,7 +304,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
     o = _host.empty_like(q)
     lse = torch.empty((B, H, N_Q), dtype=torch.float32, device=q.device)
     m, n, d, precision, how = _config(FORWARD, q, allow_tf32)
-    _forward_kernel[(-(-N_Q // m) * B * H,)](  # one grid axis: the others end at 65,535
+    _forward_kernel[(-(-N_Q // m) * B * H,)](  # tiles, rounded up; other axes end at 65,535
         q, k, v, o, lse, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, **how,

@@ -16,17 +16,19 @@ rows of lse and delta), the forward's Q, and results that leave from full regist
 Where a program loads several tensors once, pointers stay: outside a loop Triton waits for each
 descriptor's load before it starts the next.
 
-The registers saved buy an overlap at D = 128. Once S = Q Kᵀ is issued a program waits for its
-scores, and while it computes P the tensor cores have nothing to do; v2 leaves it to another program
-on the same SM to fill the gap. Here a program weighs V a tile late, issued before the softmax and
-waited for after it (FlashAttention-3, arXiv 2407.08608, algorithm 2; `LATE` in the code):
+What this saves buys company. Once S = Q Kᵀ is issued a program waits for its scores, and while it
+computes P the tensor cores have nothing to do, unless another program on the same SM has a product
+ready. At D = 128 and 256 programs are therefore made small: a tile of keys is asked for when it is
+needed, and K and V take turns in one buffer (`num_stages` 1). With tiles of 64 × 128 that is 49 KiB
+and 162 registers a thread at D = 128, and three programs share an SM; at D = 256, two, 97 KiB each.
 
-    v2   S0 │ softmax 0 │ PV0  S1 │ softmax 1 │ PV1  S2 │ softmax 2 │ …        │: wait for scores
-    v3   S0 │ softmax 0   S1 │ PV0 ∥ softmax 1   S2 │ PV1 ∥ softmax 2   …
+    program 0    K │ S │ softmax │ PV │ K │ S │ softmax │ PV │ …
+    program 1            K │ S │ softmax │ PV │ K │ S │ softmax │ PV │ …      the gaps of one are
+    program 2                    K │ S │ softmax │ PV │ K │ S │ softmax │ …   the products of others
 
-The price is a P that stays in registers for longer, hence tiles of 64 × 64. For few keys, where the
-last PV stands alone, for very many, where small tiles read K and V too often, and at other head
-dims, it was slower than to leave the overlap to two programs an SM with larger tiles.
+Tiles in flight and larger tiles take the room of the third program (of the second at D = 256), and
+were slower. So was a single program that keeps its own tensor cores busy by weighing V a tile late,
+under the next tile's softmax (FlashAttention-3, arXiv 2407.08608, algorithm 2).
 
 Not always: descriptors cost the CPU 10 to 20 µs each, so a small call is slower with them, and the
 engine wants addresses and strides in multiples of 16 bytes. `_path` decides by GPU, work and
@@ -42,22 +44,28 @@ Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v2 → v3
     D = 64   forward  333 → 333, 395 → 427, 417 → 455    causal  216 → 222, 340 → 365, 408 → 442
              backward 290 → 294, 332 → 356, 342 → 380    causal  175 → 223, 271 → 329, 313 → 366
     D = 128  backward 284 → 312, 361 → 417, 382 → 465    causal  198 → 226, 310 → 361, 377 → 444
-    D = 256  forward  356 → 354, 481 → 476, 518 → 525    causal  234 → 235, 382 → 385, 517 → 520
-             backward 186 → 204, 228 → 259, 230 → 262    causal  145 → 159, 212 → 239, 256 → 295
+    D = 256  backward 186 → 204, 228 → 259, 230 → 262    causal  145 → 159, 212 → 239, 256 → 295
 
 (D = 256: the two backward kernels timed one by one, O, dK and dV stored through pointers.) And the
-forward at D = 128 in a later run, with N = 4096: tiles of 64 × 64, V weighed at once or late, and
-128 × 64 at once; beside them Triton's tutorial kernel with the better of the same tiles, and cuDNN:
+forward at D = 128 and 256, each in one run of 2026-11-27, by BLOCK_M × BLOCK_N, num_stages; beside
+it Triton's tutorial kernel, restated, with the best of three such tiles, and cuDNN:
 
-    N                full  512  2048  4096  16384      causal  512  2048  4096  16384
-    64 × 64, at once       375   494   512    490              272   439   478    512
-    64 × 64, late          360   516   542    514              252   442   488    555
-    128 × 64, at once      383   496   520    552              256   412   448    514
-    tutorial               392   511   518    541              260   434   470    500
-    cuDNN                  520   647   666    680              334   516   572    634
+    D = 128, N         full  512  2048  4096  16384      causal  512  2048  4096  16384
+    64 × 128, 1             427   559   580    604              292   460   498    569
+    64 × 64, 3              374   459   465    475              272   399   429    479
+    64 × 64, 3, V late      368   473   493    501              259   428   471    544
+    128 × 64, 2             385   482   501    520              262   395   437    485
+    tutorial                382   487   503    530              253   408   447    488
+    cuDNN                   499   612   605    605              335   473   513    563
+
+    D = 256, N         full  512        4096  16384      causal  512        4096  16384
+    64 × 128, 1             448         644    656              291         503    595
+    128 × 64, 2             367         517    530              246         443    526
+    cuDNN                   530         715    744              353         583    642
 
 Left out: Triton's own warp specialisation (`tl.range(..., warp_specialize=True)`), which triton 3.6
-compiles into the same kernel here, or into one that spills.
+compiles into the same kernel here, or into one that spills; and programs that stay for several
+tiles, with the next one's loads in flight (`flatten=True`), which it fails to compile.
 """
 
 import torch
@@ -70,15 +78,13 @@ from . import _host
 LOG2E = tl.constexpr(_host.LOG2E)
 
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
-# by (path, padded head dim). Where there is a row for few or for many keys, it goes first.
+# by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
+# turns in one buffer, and the other programs on the SM work meanwhile.
 # The rows for pointers fit in the 99 KiB of shared memory of the smallest GPUs from sm_80 on.
-SHORT, LONG = 512, 8192  # keys: up to the one, and beyond the other
-LATE = (128,)  # head dims whose rows, but for the short and long ones, weigh V a tile later
 FORWARD = {
     ("tma", 64): (64, 128, 4, 2),
-    ("tma", 128): (64, 64, 4, 3),
-    ("tma long", 128): (128, 64, 4, 2),
-    ("tma", 256): (128, 64, 8, 2),
+    ("tma", 128): (64, 128, 4, 1),
+    ("tma", 256): (64, 128, 4, 1),
     ("pointers", 64): (64, 64, 4, 3),
     ("pointers", 128): (64, 64, 4, 2),
     ("pointers", 256): (64, 32, 4, 2),
@@ -105,15 +111,10 @@ DQ_FP32 = {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 DKDV_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
 
 
-def _length(n_k, causal):
-    """Which rows of the tables n_k keys go to first; causal programs see half of them."""
-    return " short" if n_k <= SHORT else " long" if n_k > LONG and not causal else ""
-
-
-def _config(table, table_fp32, path, head_dim, fp32, length=""):
-    """A row of the table for the path, "tma" or "pointers", and for a `_length`."""
+def _config(table, table_fp32, path, head_dim, fp32):
+    """A row of the table for the path, "tma" or "pointers"."""
     d = max(64, 1 << (head_dim - 1).bit_length())
-    return table_fp32[d] if fp32 else table.get((path + length, d)) or table[path, d]
+    return table_fp32[d] if fp32 else table[path, d]
 
 
 @triton.jit
@@ -207,23 +208,13 @@ def _visible(m, n, N_Q, N_K, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _weigh(
-    acc, p, alpha, v_src, b, h, start, stride, N, HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """Add the tile of V from row `start` on to the output, weighed by p: line 10."""
-    v = _stream(v_src, b, h, start, stride, N, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-    return tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-
-
-@triton.jit
 def _forward_kernel(
     q_src, k_src, v_src, o_dst, lse_ptr, scale_log2,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, LATE: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
     b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
@@ -240,21 +231,12 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    alpha = tl.zeros([BLOCK_M], tl.float32)
-    p = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
-    if LATE:  # the loop always runs: around one that might not, ptxas would overlap nothing
-        hi = tl.maximum(hi, 1)
     for start_n in range(0, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 8
-        if LATE:  # the tile before, 0 · 0 at first; done when the next scores are
-            acc = _weigh(
-                acc, p, alpha, v_src, b, h_kv, start_n - BLOCK_N, stride_vn, N_K,
-                HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, TMA,
-            )  # fmt: skip
         if start_n >= full:  # the same way for all threads
             visible = _visible(offs_m[:, None], offs_n[None, :], N_Q, N_K, CAUSAL)
             s = tl.where(visible, s, float("-inf"))
@@ -264,17 +246,9 @@ def _forward_kernel(
         p = tl.exp2(s * scale_log2 - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
         alpha = tl.exp2(m_i - base)  # [BLOCK_M], 0 at a row's first key
         l_i = alpha * l_i + tl.sum(p, 1)
+        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # line 10
         m_i = m_new
-        if not LATE:
-            acc = _weigh(
-                acc, p, alpha, v_src, b, h_kv, start_n, stride_vn, N_K,
-                HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, TMA,
-            )  # fmt: skip
-    if LATE:
-        acc = _weigh(
-            acc, p, alpha, v_src, b, h_kv, (hi - 1) // BLOCK_N * BLOCK_N, stride_vn, N_K,
-            HEAD_DIM, BLOCK_N, BLOCK_D, PRECISION, TMA,
-        )  # fmt: skip
 
     o = tl.where(l_i[:, None] > 0, acc * (1 / l_i)[:, None], 0.0)  # line 12; no keys: 0
     lse = (m_i + tl.log2(l_i)) / LOG2E  # line 13, to base e; -inf there
@@ -426,10 +400,10 @@ def _describe(t, block, block_d):
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, block_d])
 
 
-def _tiles(table, table_fp32, path, q, length, allow_tf32):
+def _tiles(table, table_fp32, path, q, allow_tf32):
     """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
     d, fp32 = q.shape[3], q.dtype == torch.float32
-    m, n, warps, stages = _config(table, table_fp32, path, d, fp32, length)
+    m, n, warps, stages = _config(table, table_fp32, path, d, fp32)
     precision = "tf32" if allow_tf32 else "ieee"
     block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
     return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
@@ -445,20 +419,18 @@ def forward(q, k, v, causal, scale, allow_tf32):
         q, scale = -q, -scale
     scale = max(scale, 1e-37)
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, o)
-    length = _length(N_K, causal)
-    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, path, q, length, allow_tf32)
+    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, path, q, allow_tf32)
     q_src, k_src, v_src, o_dst = q, k, v, o
     if path == "tma":
         q_src, o_dst = _describe(q, m, d), _describe(o, m, d)
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)
-    late = path == "tma" and d in LATE and not length
-    compiled_for = (D, m, n, causal, precision, path, late, *how.values())
+    compiled_for = (D, m, n, causal, precision, path, *how.values())
     key = _host.launch_key((q, k, v, o), (H, H // H_KV, N_Q, N_K), *compiled_for)
     _host.launch(
         _forward_kernel, key, (-(-N_Q // m) * B * H, 1, 1),  # the other axes end at 65,535
         q_src, k_src, v_src, o_dst, lse, scale * _host.LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", late, **how,
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
     )  # fmt: skip
     return o, lse
 
@@ -472,7 +444,7 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     rows = torch.empty((B * H * 2, -(-N_Q // 4) * 4), dtype=torch.float32, device=q.device)
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, do, dk, dv)
-    m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, "", allow_tf32)
+    m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, allow_tf32)
     k_src, v_src = k, v
     if path == "tma":
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)
@@ -481,7 +453,7 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
         *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], rows.stride(0),
         H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
     )  # fmt: skip
-    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, path, q, "", allow_tf32)
+    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, path, q, allow_tf32)
     q_src, do_src, rows_src, dk_dst, dv_dst = q, do, rows, dk, dv
     if path == "tma":
         q_src, do_src = _describe(q, m, d), _describe(do, m, d)

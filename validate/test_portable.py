@@ -12,19 +12,16 @@ from flashstudy.validate import errors
 
 pytestmark = pytest.mark.skipif(not _host.interpreting(), reason="tests the interpreted kernels")
 
-STEPS = {"v2": v2_lean, "v3": v3_tma, "v3-tma": v3_tma, "v3-late": v3_tma}
+STEPS = {"v2": v2_lean, "v3": v3_tma, "v3-tma": v3_tma}
 
 
 @pytest.fixture(params=STEPS)
 def attention(request, monkeypatch):
-    """Each step's function; v3 through pointers, as here by itself, and through descriptors, its
-    forward in both orders of products."""
+    """Each step's function; v3 through pointers, as here by itself, and through descriptors."""
     module = STEPS[request.param]
-    if request.param in ("v3-tma", "v3-late"):
+    if request.param == "v3-tma":
         monkeypatch.setattr(_host, "capability", lambda device: (9, 0))
         monkeypatch.setattr(v3_tma, "TMA_MIN_WORK", 1)
-        monkeypatch.setattr(v3_tma, "SHORT", 0)
-        monkeypatch.setattr(v3_tma, "LATE", range(257) if request.param == "v3-late" else ())
     return module.attention
 
 

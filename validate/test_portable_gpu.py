@@ -48,7 +48,7 @@ def gradients(step, q, k, v, do, causal=True):
 
 SHAPES = [  # b, h, h_kv, n_q, n_k, d: every tile, ragged, grouped, with empty rows
     (1, 4, 2, 700, 1100, 128),
-    (2, 2, 2, 1100, 700, 128),
+    (2, 4, 2, 1100, 700, 128),
     (2, 6, 2, 333, 450, 64),
     (1, 4, 1, 130, 257, 256),
     (1, 2, 2, 190, 190, 40),
@@ -98,6 +98,7 @@ def test_extra_memory_is_linear(step):
         q, k, v, do = inputs(1, heads, heads, n, n, d)
         gradients(step, q[:, :, :256], k[:, :, :256], v[:, :, :256], do[:, :, :256])
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a block of the cache may be larger than what it is taken for
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         gradients(step, q, k, v, do)
@@ -165,6 +166,8 @@ def test_memcheck():
         capture_output=True, text=True, timeout=600,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )  # fmt: skip
+    if "Device not supported" in got.stdout:  # some virtual machines keep it from the GPU
+        pytest.skip("compute-sanitizer cannot attach to this GPU")
     assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-3000:]
     assert "ran" in got.stdout
     assert "ERROR SUMMARY: 0 errors" in got.stdout
