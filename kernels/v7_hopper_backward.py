@@ -110,6 +110,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import _gluon, _host
 from ._gluon import (
@@ -124,7 +125,7 @@ from ._gluon import (
 )
 
 MAX_HEAD_DIM = 128
-L2_BYTES = 40 << 20  # of 50 MiB: what a section of heads may take
+L2_BYTES = 20 << 20  # of twice 25 MiB: what a section of heads may take
 
 # Named barriers, by their number in PTX (Triton keeps the low ones), and how many threads meet.
 TURN = gl.constexpr(8)  # 8, 9: it is that consumer's turn at the tensor cores
@@ -362,6 +363,8 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
     count = gl.to_tensor(0)  # query tiles over all key tiles: the rings never start over
     turn = gl.to_tensor(0)
     place = gl.program_id(0)
+    gdc_wait()  # before anything that the kernel before this one wrote
+    gdc_launch_dependents()
     if problem.DETERMINISTIC:  # places in the order of arrival: before mine, all have a CTA
         place = gl.atomic_add(next_ptr, 1)
     while place < problem.size():
@@ -825,8 +828,10 @@ def _prepare_kernel(
 
     Bound by device memory: 2 + 2 bytes read and 4 written an element of O.
     """
+    gdc_launch_dependents()
     tiles = tl.cdiv(N_PAD, ROWS)
-    pid_m, pid_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # last what the next kernel takes first: in L2
+    pid_m, pid_bh = pid % tiles, pid // tiles
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     offs_m = pid_m * ROWS + tl.arange(0, ROWS)
     offs_d = tl.arange(0, HEAD_DIM)
@@ -843,7 +848,7 @@ def _prepare_kernel(
     lse = tl.load(lse_ptr + b * stride_lb + h * stride_lh + offs_m * stride_lm, real, -float("inf"))
     lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
 
-    if tl.program_id(0) == 0:
+    if pid == 0:
         tl.store(next_ptr, 0)  # the next kernel counts its tiles there
     row = (b * H + h) * N_PAD + offs_m
     inside = offs_m < N_PAD
@@ -860,10 +865,12 @@ def _finish_kernel(
 ):  # fmt: skip
     """dq = scale · accumulator, rows and columns put back, rounded: 4 bytes read, 2 written."""
     tiles = N_PAD // BLOCK_M
-    pid_m, pid_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # first what was summed last: still in L2
+    pid_m, pid_bh = pid % tiles, pid // tiles
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     start_m = pid_m * BLOCK_M
     tile = ((b * H + h) * N_PAD + start_m) * HEAD_DIM
+    gdc_wait()
     dq = tl.load(dq_acc_ptr + tile + tl.arange(0, BLOCK_M * HEAD_DIM)) * scale
 
     # (part, j, warp, quad, lane, i, e), see _put_dq -> (warp, i, quad) x (j, lane, e), with the
@@ -978,14 +985,14 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False
         locks, counter, scale * _host.LOG2E,
         H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, split,
         c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,
-        causal, ragged, deterministic, num_warps=4,
+        causal, ragged, deterministic, num_warps=4, launch_pdl=True,
     )  # fmt: skip
     _host.launch(
         _finish_kernel,
         _host.launch_key((dq,), (H, N_Q, n_pad), D),
         (tiles_m * B * H, 1, 1),
         dq_acc, dq, *dq.stride()[:3], scale, H, N_Q, n_pad, D,
-        c.block_m, c.head_dim, c.split_rows, num_warps=8,
+        c.block_m, c.head_dim, c.split_rows, num_warps=8, launch_pdl=True,
     )  # fmt: skip
 
     if not direct:
