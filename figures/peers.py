@@ -131,7 +131,7 @@ def draw_one(found, direction, dtype):
     if ours:
         notes.insert(0, (
             f"Number above a group: {records.label(ours[-1])}, or our last step that runs there,"
-            " over the best peer; bold where at least 1."
+            " over the best peer; bold from 1 on."
         ))  # fmt: skip
     subtitle = f"{direction}, {dtype}, {size}, {row['E']} = heads × D. {grid.provenance(row)}"
     fig.text(0.02, 1 - 0.3 / high, f"Attention {direction}: ours and its peers", fontsize=14,

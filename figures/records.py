@@ -101,6 +101,7 @@ class Sweep:
         self.about = {k: first.get(k) for k in self.SHARED}
         self.row = cells[-1]["time_ms"]
         self.newest = self.row.get("utc") or ""
+        self.days = sorted({(m["time_ms"].get("utc") or "")[:10] for m in self.cells.values()})
         self.lengths = sorted({n for _, n in self.cells})
         self.scope, self.direction = self.about["scope"], self.about["direction"]
         self.dtype = self.about["dtype"]
@@ -162,7 +163,7 @@ class Sweep:
         versions += [("flash-attn", a["flash_attn"]), ("flash-attn-4", a["flash_attn_4"])]
         text = ", ".join(f"{n} {v}" for n, v in versions if v)
         threads = "" if r.get("gpu") else f", {a['threads']} threads"
-        return f"{a['device']}{threads}; {text}; {self.newest[:10]}"
+        return f"{a['device']}{threads}; {text}; {' and '.join(self.days)}"
 
 
 def sweeps(rows):

@@ -144,7 +144,8 @@ def value_axis(ax, name, log=True):
 
 def finish(fig, ax, title, subtitle, notes=(), columns=3, handles=None):
     """Title above, legend under the axes, then notes and provenance in small print."""
-    ax.set_title(textwrap.fill(title, 58), pad=8)
+    heading = textwrap.wrap(title, 58)
+    ax.set_title("\n".join(heading), pad=8)
     if handles is None:
         handles, labels = ax.get_legend_handles_labels()
     else:
@@ -156,7 +157,7 @@ def finish(fig, ax, title, subtitle, notes=(), columns=3, handles=None):
     extra = legend_inches + note_inches
     axes = fig.get_axes()
     boxes = [a.get_position() for a in axes]
-    total = height + extra
+    total = height + extra + 0.25 * (len(heading) - 1)  # the axes leave room for one line
     fig.set_size_inches(width, total)
     for a, box in zip(axes, boxes, strict=True):
         a.set_position(

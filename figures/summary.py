@@ -300,13 +300,13 @@ def memory_words(study):
         longest = max(x.longest for x in lines)
         some = [x.mib for x in lines if x.longest == longest]
         what = "forward" if direction == "forward" else "forward and backward"
-        said.append(f"{span(some, answers.size)} {what}")
+        said.append(f"{span(some, answers.size)} over {longest:,} tokens {what}")
     if not said:
         return None
     about = study.sweeps[0].about
     text = (
-        f"At batch {about['B']} with {about['H']} heads of {about['D']} a call over {longest:,}"
-        f" tokens adds {', and '.join(said)}."
+        f"At batch {about['B']} with {about['H']} heads of {about['D']} a call adds"
+        f" {', and '.join(said)}."
     )
     for end in study.ends():
         what = "forward" if end.direction == "forward" else "with the backward"
