@@ -67,19 +67,20 @@ Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 
 Limits and maths as in `v5_pingpong`.
 
-Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-22),
+Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-27),
 TFLOP/s at N = 512 / 2048 / 16384, in brackets cuDNN in the same run:
 
             D=64                         D=128                        D=256
-    full    398 478 512 (365 433 471)    544 654 679 (493 618 650)    519 695 756 (494 667 694)
-    causal  254 385 501 (239 370 444)    338 530 633 (315 486 581)    324 592 708 (323 525 624)
+    full    389 491 544 (377 431 446)    523 655 637 (506 604 606)    507 661 671 (508 625 656)
+    causal  246 387 524 (252 388 451)    340 561 627 (321 499 548)    323 597 673 (329 532 569)
 
-In another run `v5_pingpong` beside it, D=128, at N = 512 / 4096 / 16384: full 426 643 692 against
-543 665 648, causal 265 565 665 against 343 589 628. That the longest calls lose there is not
-understood: an earlier run had 672 against 658 and 705 against 656 at N = 16384.
+`v5_pingpong` beside it in turns, in another run, D=128 at N = 512 / 4096 / 16384: full 427 665 667
+against 547 649 674, causal 267 552 621 against 344 610 666. Long calls draw the 700 W that the GPU
+may, whichever kernel it is, so there the two are close: what is left to win is short ones. The third
+buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in turns).
 
-Decoding, D=128, 32 heads over 8: one query over 131,072 keys 140 µs (cuDNN 139; 1432 without the
-split, in an earlier run), 16 queries over as many 143 µs (flash-attn 2 477, cuDNN 1482).
+Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (cuDNN 139; 1432 without the
+split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496).
 """
 
 import functools
