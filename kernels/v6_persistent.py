@@ -76,8 +76,8 @@ TFLOP/s at N = 512 / 2048 / 16384, in brackets cuDNN in the same run:
 
 `v5_pingpong` beside it in turns, in another run, D=128 at N = 512 / 4096 / 16384: full 427 665 667
 against 547 649 674, causal 267 552 621 against 344 610 666. Long calls draw the 700 W that the GPU
-may, whichever kernel it is, so there the two are close: what is left to win is short ones. The third
-buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in turns).
+may, whichever kernel it is, so there the two are close: what is left to win is short ones. The
+third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in turns).
 
 Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (cuDNN 139; 1432 without the
 split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496).

@@ -80,11 +80,12 @@ dK and dV need no accumulators in memory. As there, a first kernel computes delt
 accumulator of dQ, and a last one scales it, restores its order and rounds: 14 bytes an element, at
 4 TB/s. The three launches overlap (programmatic dependent launch): a kernel is set up while the one
 before still runs, and waits for it before it reads what that has written. Both small kernels walk
-so that what the main one reads first, or has summed last, is still in L2. To leave the last one to the two idle warps of the main kernel, which convert a query tile
-when all its sums are in, was slower (same GPU and versions, 2026-11-27; D = 128, causal: 502 µs of
-GPU time for 367 at N = 512, 5.3 ms for 4.6 at 16384). The sums must be counted, and to count one
-the writer waits until it has arrived in memory, not only until it has left shared memory; and two
-warps with 24 registers took longer over it than the kernel that they replaced.
+so that what the main one reads first, or has summed last, is still in L2. To leave the last one to
+the two idle warps of the main kernel, which convert a query tile when all its sums are in, was
+slower (same GPU and versions, 2026-11-27; D = 128, causal: 502 µs of GPU time for 367 at N = 512,
+5.3 ms for 4.6 at 16384). The sums must be counted, and to count one the writer waits until it has
+arrived in memory, not only until it has left shared memory; and two warps with 24 registers took
+longer over it than the kernel that they replaced.
 
 Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 with zeros; at 256 dK
 and dV alone would fill the registers). dK and dV are bitwise repeatable, dQ if asked for.

@@ -41,8 +41,9 @@ for d, dtype, causal, n, group in json.loads(sys.argv[1]):
         "v7_hopper_backward", 90, d, getattr(torch, dtype), causal, True, [(n, group)])
     faults = [f for k in kernels for f in compiled.faults(k, 90, tuned=True, spills=spills)]
     main, = (k for k in kernels if k.name == "_backward_kernel")
+    finish, = (k for k in kernels if k.name == "_finish_kernel")
     print(json.dumps(dict(sass=main.sass, ptx=main.asm["ptx"], warps=main.warps, faults=faults,
-                          names=sorted(k.name for k in kernels))))
+                          finish=finish.asm["ptx"], names=sorted(k.name for k in kernels))))
 """
 
 
@@ -103,6 +104,13 @@ class TestMachineCode:
         assert len(re.findall(r"UTMASTG", sass)) >= 2  # one a consumer, dV and dK may share it
         assert len(re.findall(r"UTMALDG", sass)) >= 6
         assert not re.findall(r"\bSTG|\bREDG|\bLDG", sass)
+
+    def test_launches_wait_before_they_read(self, kernels, case):
+        """They overlap: nothing is read before the kernel that writes it is known to have ended."""
+        for name, read in (("ptx", "shared::cluster.global"), ("finish", "ld.global")):
+            ptx = kernels[case][name]
+            assert ptx.count("griddepcontrol.wait") == 1
+            assert 0 < ptx.index("griddepcontrol.wait") < ptx.index(read)
 
     def test_main_loops(self, kernels, case):
         """A turn: five products and their waits in the order of the source, and one fence."""
