@@ -252,7 +252,8 @@ def validated_cases():
     header, counts, said = validated.tables(rows)
     text = f"{validated.total(rows)}\n\n{markdown(header, counts)}\n"
     text += "".join(f"- {sentence}\n" for sentence in said)
-    return f"{text}\n<sub>{validated.provenance(rows)}. `{COMMANDS['validate']}`</sub>\n"
+    command = rows[0].get("command", COMMANDS["validate"])
+    return f"{text}\n<sub>{validated.provenance(rows)}. `{command}`</sub>\n"
 
 
 def peers_long():

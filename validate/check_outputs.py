@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -685,8 +686,8 @@ def plan(args):
     return work, skipped, notes
 
 
-def _about(device):
-    """On what and with what, as figures/validated.py tells it: the first line of --json."""
+def _about(device, options):
+    """On what, with what and how, as figures/validated.py tells it: the first line of --json."""
 
     def version(package):
         try:
@@ -703,6 +704,7 @@ def _about(device):
         "triton": version("triton"),
         "flash_attn": version("flash_attn"),
         "flash_attn_4": version("flash-attn-4"),
+        "command": shlex.join(["python", "validate/check_outputs.py", *options]),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -712,7 +714,11 @@ def main(argv=None):
     began = time.monotonic()
     torch.set_num_threads(1)  # cases are small: threads would wait for each other
     _be_quiet()
-    about = _about(args.device)
+    options = list(sys.argv[1:] if argv is None else argv)
+    if args.json:  # where it goes says nothing of what ran
+        at = next(i for i, x in enumerate(options) if x.startswith("--js"))  # or shortened
+        del options[at : at + 2 - ("=" in options[at])]
+    about = _about(args.device, options)
     what = f"{about['device']}, torch {about['torch']}, triton {about['triton']}"
     print(f"{what}; reference fp64 on {args.device}")
     if args.self_test:

@@ -41,6 +41,9 @@ def test_native_and_interpreted_backends_pass(tmp_path, monkeypatch):
     first, *records = [json.loads(line) for line in file.read_text().splitlines()]
     assert first["about"]["torch"] == torch.__version__
     assert first["about"]["device"] == "CPU"
+    said = first["about"]["command"]  # what to type for the same, without where it was written
+    assert said.startswith("python validate/check_outputs.py --backends naive,v1_flash")
+    assert said.endswith("--jobs 2 --quick")
     assert sum(r["ok"] for r in validated.counted([first, *records])) == sum(
         r["status"] == "ok" for r in records
     )
