@@ -51,7 +51,7 @@ COMMANDS = {
 }
 
 
-ABSENT = "Not in these records.\n"
+ABSENT = "Not in these records; `{}` measures it.\n"
 
 
 class TableError(Exception):
@@ -248,7 +248,7 @@ def validated_cases():
     """What the validator counted, where a run of it is on record."""
     rows = kept("validate")
     if not rows:
-        return ABSENT
+        return ABSENT.format(COMMANDS["validate"])
     header, counts, said = validated.tables(rows)
     text = f"{validated.total(rows)}\n\n{markdown(header, counts)}\n"
     text += "".join(f"- {sentence}\n" for sentence in said)
@@ -259,7 +259,7 @@ def validated_cases():
 def peers_long():
     """The peers' table of the longest lengths, where they are on record."""
     if not kept("peers-long"):
-        return ABSENT
+        return ABSENT.format(COMMANDS["peers-long"])
     found, names = gridded("peers-long")
     header, rows = grid.peers_table(found, names)
     said = "".join(f"- {sentence}\n" for sentence in grid.peers_verdicts(found, names))
