@@ -8,9 +8,9 @@
               just before, and in a fixed order that is always the same one
 
 What the fixed order A B C A B C … did, on an H200 of 700 W (torch 2.11.0, Triton 3.6.0, 2026-11-22;
-forward, full mask, bf16, 16,384 tokens): the same v3 reached 538 TFLOP/s where
-it followed on v2 and 485 where it followed on flash-attn 4 (D = 128); the same v6 652 after v5 and
-756 after v3 (D = 256). At 512 tokens, which draw less power, all pairs agreed within 2 %.
+forward, full mask, bf16, 16,384 tokens): the same v3 reached 538 TFLOP/s where it followed on v2
+and 485 where it followed on flash-attn 4 (D = 128); the same v6 652 after v5 and 756 after v3 (D =
+256). At 512 tokens, which draw less power, all pairs agreed within 2 %.
 
 Device events around each call give the time; the L2 cache is flushed before it. Where some backend
 of a cell takes longer to launch than to run, the GPU idles before every timed call of the cell,

@@ -82,8 +82,14 @@ def ran(row, program):
     return (row.get("command") or COMMANDS[program]).replace(" --no-charts", "")
 
 
+def ran_all(sweep, program):
+    """The commands that made the rows of a sweep, the newest last, in code marks."""
+    rows = sorted((m["time_ms"] for m in sweep.cells.values()), key=lambda r: r.get("utc") or "")
+    return " and ".join(f"`{c}`" for c in dict.fromkeys(ran(row, program) for row in rows))
+
+
 def caption(one, file):
-    return f"\n<sub>{one.title()}. {one.provenance()}. `{ran(one.row, file)}`</sub>\n"
+    return f"\n<sub>{one.title()}. {one.provenance()}. {ran_all(one, file)}</sub>\n"
 
 
 def by_length(scope, metric, form):
@@ -374,7 +380,7 @@ def of_memory(part):
     else:
         text = "\n\n".join(study.words()) if part == "words" else markdown(*study.table()).rstrip()
     one = study.sweeps[0]
-    return f"{text}\n\n<sub>{one.provenance()}. `{ran(one.row, 'memory')}`</sub>\n"
+    return f"{text}\n\n<sub>{one.provenance()}. {ran_all(one, 'memory')}</sub>\n"
 
 
 def claimed():

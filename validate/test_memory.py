@@ -8,7 +8,7 @@ import pytest
 import torch
 from flashstudy.bench import common, memory, seqlen
 from flashstudy.figures import memory as figure
-from flashstudy.figures import records, style
+from flashstudy.figures import records, style, table
 
 GIB = 2**30
 CELL = seqlen.Cell("naive", "attention", "forward", "bfloat16", True, 1, 256, 2, 2, 4096)
@@ -271,6 +271,21 @@ def test_words_say_what_came_and_whether_as_predicted(gpu, tmp_path):
     header, lines = study.table()
     assert {len(line) for line in lines} == {len(header)}
     assert {line[5] for line in lines} == {"1.000"}
+
+
+def test_a_run_without_flash_attn_goes_on_one_with_it(gpu, tmp_path):
+    """Two runs make one line, and the caption tells both days and both commands."""
+    rows = synthetic(gpu, tmp_path)
+    first, second = {"flash_attn": "2.8"}, {"flash_attn": None}
+    first |= {"utc": "2026-01-02T00:00:00Z", "command": "python bench/memory.py"}
+    second |= {"utc": "2026-01-05T00:00:00Z", "command": "python bench/memory.py --budget 35"}
+    split = [r | (second if r["backend"] == "naive" else first) for r in rows]
+    study = figure.Study(split)
+    assert {line.backend for line in study.lines()} == {r["backend"] for r in rows}
+    sweep = study.sweeps[0]
+    assert sweep.provenance().endswith("flash-attn 2.8; 2026-01-02 and 2026-01-05")
+    told = table.ran_all(sweep, "memory")
+    assert told == "`python bench/memory.py` and `python bench/memory.py --budget 35`"
 
 
 def test_a_missed_end_is_said(gpu, tmp_path):
