@@ -411,11 +411,11 @@ def test_a_backend_is_not_blamed_for_memory_that_it_does_not_need():
     assert "would have needed" not in said
 
 
-@pytest.mark.parametrize("title", ["A title of one line", "A title that is much too long " * 3])
+@pytest.mark.parametrize("title", ["A title of one line", "A title that is much too long " * 5])
 def test_a_title_of_several_lines_stays_inside_its_picture(title):
     fig, ax, _ = style.axes()
     ax.plot([1, 2], [1, 2], label="a line")
     style.finish(fig, ax, title, "measured")
     fig.canvas.draw()
-    assert ax.title.get_window_extent().y1 <= fig.bbox.y1
+    assert ax.get_tightbbox().y1 < fig.bbox.y1  # titles count
     style.plt.close(fig)
