@@ -262,6 +262,23 @@ def validated_cases():
     return f"{text}\n<sub>{validated.provenance(rows)}. `{command}`</sub>\n"
 
 
+def predicted():
+    """How bench/explain.py's predictions did on the reference records."""
+    from flashstudy.bench import explain
+
+    files = [p for name in ("seqlen", "mixed") if (p := REFERENCE / f"{name}.jsonl").exists()]
+    try:
+        compared = explain.to_check(files, None)
+    except LookupError as e:  # a GPU that explain has no figures of
+        return f"Not predicted: {e}.\n"
+    header, rows, said, kept = explain.accuracy(*compared)
+    said += [f"{'Kept' if k else '**Broken**'}: {promise}." for promise, k in kept.items()]
+    one = sweeps("seqlen", scope="block", direction="forward")[0]
+    text = markdown(header, rows) + "\n" + "".join(f"- {text}\n" for text in said)
+    command = "python bench/explain.py --check figures/reference/seqlen.jsonl"
+    return f"{text}\n<sub>{one.provenance()}. `{command} figures/reference/mixed.jsonl`</sub>\n"
+
+
 def peers_long():
     """The peers' table of the longest lengths, where they are on record."""
     if not kept("peers-long"):
@@ -450,6 +467,7 @@ TABLES = {
     "memory-fit": memory_fit,
     "short-calls": short_calls,
     "mixed": mixed,
+    "predicted": predicted,
 } | GRID_TABLES
 
 
