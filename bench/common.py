@@ -55,6 +55,9 @@ GROSS = 4
 # process: by itself it compiles for seconds a head dim, mask and dtype in every process.
 FA4_CACHE = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+# What a sweep over lengths can compute in: TF32 is fp32 in memory, and in matrix products 10 bits.
+TF32 = "tf32"
+PRECISIONS = DTYPES | {TF32: torch.float32}
 
 
 # Provenance
@@ -530,7 +533,22 @@ def default_device():
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
+@contextlib.contextmanager
+def products(precision):
+    """torch's matrix products of fp32 tensors as `precision` (of PRECISIONS) has them."""
+    if precision != TF32:
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @functools.cache
 def short(dtype):
     """float16 -> fp16 and so on, for people."""
-    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
+    names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", TF32: "TF32"}
+    return names.get(dtype, dtype)

@@ -71,6 +71,8 @@ class Cell(NamedTuple):
         own = self._asdict()
         n = own.pop("N")
         own |= {"N_Q": n, "N_K": n, "D": self.head_dim}
+        if self.dtype == common.TF32:
+            own["float32_matmul"] = "high"
         return shared | own | {"source": common.source(self.backend)}
 
     def flops(self):
@@ -118,12 +120,20 @@ class DeadContext(Exception):
 # One cell
 
 
+def attention_of(backend, precision):
+    """The function of a backend, in this precision; torch's own heed common.products."""
+    attention = backends.load(backend)
+    if precision == common.TF32 and backends.BACKENDS[backend].target.startswith("kernels."):
+        return functools.partial(attention, allow_tf32=True)
+    return attention
+
+
 def build(cell, attention, device):
     """A function without arguments that does what the cell measures, and one for its peak memory.
 
     Backward: the first is the backward alone, of one forward done here; the second is both.
     """
-    dtype = common.DTYPES[cell.dtype]
+    dtype = common.PRECISIONS[cell.dtype]
     backward = cell.direction == "backward"
     where = {"device": device, "dtype": dtype}
     if cell.scope == "block":
@@ -199,13 +209,19 @@ def predict(cell, kernel=None):
     return (counted.peak, None) if standard else (None, counted.peak)
 
 
+def has_tf32(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def reason_not(backend, device, dtype, backward):
     """Why a backend is not timed here, or None."""
     row = backends.BACKENDS[backend]
     kernel = row.target.startswith("kernels.")
     if kernel and (device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"):
         return INTERPRETED
-    return backends.why_not(backend, device, common.DTYPES[dtype], backward)
+    if dtype == common.TF32 and not has_tf32(device):
+        return "TF32 needs a CUDA GPU of compute capability 8.0 or newer"
+    return backends.why_not(backend, device, common.PRECISIONS[dtype], backward)
 
 
 def first_line(error):
@@ -258,8 +274,8 @@ def first_call(cell, index, seed):
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     torch.manual_seed(seed)
-    with torch.set_grad_enabled(cell.direction == "backward"):
-        _, whole = build(cell, backends.load(cell.backend), device)
+    with torch.set_grad_enabled(cell.direction == "backward"), common.products(cell.dtype):
+        _, whole = build(cell, attention_of(cell.backend, cell.dtype), device)
         whole()
     torch.cuda.synchronize()
 
@@ -296,16 +312,18 @@ class Bench:
             torch.manual_seed(self.seed)
             shapes = [(b, h, n, c.head_dim) for h in (c.H, c.H_KV, c.H_KV, c.H)]
             tensors = [
-                torch.randn(s, dtype=common.DTYPES[dtype], device=self.device) for s in shapes
+                torch.randn(s, dtype=common.PRECISIONS[dtype], device=self.device) for s in shapes
             ]
             if direction == "forward":
                 tensors[3] = None
-            expectation = errors.expect(*tensors, causal=c.causal)
+            like = torch.float16 if dtype == common.TF32 else None
+            expectation = errors.expect(*tensors, causal=c.causal, like=like)
             for name in (b for b in some if (b, dtype, direction) not in self.verdicts):
                 judged = Result()
                 try:
-                    with outcome_into(judged, self.device):
-                        got = errors.run(backends.load(name), *tensors, causal=c.causal)
+                    with outcome_into(judged, self.device), common.products(dtype):
+                        attention = attention_of(name, dtype)
+                        got = errors.run(attention, *tensors, causal=c.causal)
                         verdict = errors.verdict(got, expectation)
                         reasons = f"at N = {n}: {'; '.join(verdict.reasons)}"
                         if not verdict.over <= common.GROSS:
@@ -324,7 +342,7 @@ class Bench:
             gc.collect()  # what the cell before left behind may not fill the memory
             torch.cuda.empty_cache()
         torch.manual_seed(self.seed)
-        return build(cell, backends.load(cell.backend), self.device)
+        return build(cell, attention_of(cell.backend, cell.dtype), self.device)
 
     def prepare(self, cell, result):
         """Compile, warm up, measure memory."""
@@ -385,7 +403,7 @@ class Bench:
             for c in self.random.sample(cells, len(cells)):
                 step(c, what)
                 if results[c].status == "ok":
-                    with outcome_into(results[c], self.device):
+                    with outcome_into(results[c], self.device), common.products(c.dtype):
                         work(c, results[c])
 
         try:
@@ -403,7 +421,7 @@ class Bench:
 def picked(cell, device):
     """The kernel that torch's own SDPA picks for such tensors."""
     shapes = [(cell.B, h, cell.N, cell.head_dim) for h in (cell.H, cell.H_KV, cell.H_KV)]
-    tensors = [torch.empty(s, dtype=common.DTYPES[cell.dtype], device=device) for s in shapes]
+    tensors = [torch.empty(s, dtype=common.PRECISIONS[cell.dtype], device=device) for s in shapes]
     grad = cell.direction == "backward"
     return torch_sdpa.picked(*(t.requires_grad_(grad) for t in tensors), causal=cell.causal)
 
@@ -492,11 +510,10 @@ def plan(args):
 
 
 def precisions(backend, args):
-    """Mixed, as in the public study: fp32 except for flash; and the matched cells to split it."""
-    if args.protocol == "matched":
+    """Mixed, as in the public study: fp32 except for flash; and what is between, to split it."""
+    if args.protocol == "matched" or backends.BACKENDS[backend].family == "flash":
         return [args.dtype]
-    flash = backends.BACKENDS[backend].family == "flash"
-    return [args.dtype] if flash else ["float32", args.dtype]
+    return ["float32", *[common.TF32] * has_tf32(args.device), args.dtype]
 
 
 def pending(groups, done, shared, device):
@@ -522,7 +539,8 @@ def takes(group):
 
     def rate(cell):
         stored = backends.BACKENDS[cell.backend].family == "standard"
-        return 40e12 if stored or cell.dtype == "float32" else 300e12
+        wide = common.PRECISIONS[cell.dtype] == torch.float32
+        return 40e12 if stored or wide else 300e12
 
     return sum(CALLS * c.flops() / rate(c) + CELL_SECONDS for c in group)
 
@@ -736,20 +754,22 @@ def show(found, charts):
         for path in (p for p in made if p.suffix == ".png"):
             print(f"  {path.name}")
         print(f"triton.testing.perf_report's own charts and CSVs: {charts}/perf_report/")
-    for wide, half in answers.pairs(found):
-        header, table = answers.mixed_table(wide, half)
+    for pair in answers.pairs(found):
+        header, table = answers.mixed_table(pair)
         if table:
-            where = "block" if wide.scope == "block" else "attention alone"
-            print(f"\nMixed precision, speed-up = precision × algorithm: {where}, {half.title()}")
+            where = "block" if pair.wide.scope == "block" else "attention alone"
+            print(
+                f"\nMixed precision, speed-up = precision × algorithm: {where}, {pair.half.title()}"
+            )
             print(tabulate(table, header, tablefmt="simple", disable_numparse=True))
     print()
     for one in found:
         print(" ".join(answers.words(one)) + "\n")
-    for wide, half in answers.pairs(found):
-        said = answers.mixed_words(wide, half)
+    for pair in answers.pairs(found):
+        said = answers.mixed_words(pair)
         if said:
-            where = "Inside the block" if wide.scope == "block" else "Attention alone"
-            print(f"{where}, {wide.direction}, with mixed precision. " + " ".join(said) + "\n")
+            where = "Inside the block" if pair.wide.scope == "block" else "Attention alone"
+            print(f"{where}, {pair.wide.direction}, with mixed precision. " + " ".join(said) + "\n")
 
 
 def parse(argv):
@@ -801,13 +821,14 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
         )  # fmt: skip
     add("--direction", choices=("forward", "backward", "both"), default="forward",
         help="what to time (default: forward)")  # fmt: skip
-    add("--dtype", choices=list(common.DTYPES),
-        help="precision (default: float32 on a CPU, bfloat16 on a GPU that has it; under --protocol"
+    add("--dtype", choices=list(common.PRECISIONS),
+        help="precision; tf32: fp32 tensors, torch and our kernels set to multiply them as TF32"
+             " (default: float32 on a CPU, bfloat16 on a GPU that has it; under --protocol"
              " mixed the one of the flash backends, default float16)")  # fmt: skip
     add("--protocol", choices=("matched", "mixed"), default="matched",
         help="matched: every backend at one precision. mixed: Naive and SDPA in float32 and flash"
-             " in --dtype, as studies often do, and Naive and SDPA in --dtype too, which splits"
-             " the speed-up into precision times algorithm")  # fmt: skip
+             " in --dtype, as studies often do; and Naive and SDPA as TF32 and in --dtype too,"
+             " which splits the speed-up into precision times algorithm")  # fmt: skip
     add("--quick", action="store_true", help="three lengths, few samples: a first look")
     add("--budget", type=common.positive, metavar="SECONDS",
         help="begin no length that would not end within this time; the next run goes on from"
@@ -848,7 +869,7 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
         parser.error(f"argument --heads: {args.heads} does not divide --embed {args.embed}")
     if args.heads % args.kv_heads:
         parser.error(f"argument --kv-heads: {args.kv_heads} does not divide --heads {args.heads}")
-    if args.protocol == "mixed" and args.dtype == "float32":
+    if args.protocol == "mixed" and args.dtype in ("float32", common.TF32):
         parser.error("argument --dtype: --protocol mixed compares a half precision with float32")
     if args.out is None:
         study = "seqlen" + "-mixed" * (args.protocol == "mixed")

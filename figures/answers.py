@@ -283,22 +283,34 @@ class Split(NamedTuple):
     precision: float  # t(rival, fp32) / t(rival, half)
     algorithm: float  # t(rival, half) / t(flash, half)
     share: float  # of precision, on the logarithmic scale on which the factors add up
+    tf32: float | None  # t(rival, fp32) / t(rival, TF32): the part of precision that no dtype needs
 
 
-def splits(wide, half, backend, rival):
+class Pair(NamedTuple):
+    """Sweeps of the same thing in fp32 and in half precision, and in fp32 multiplied as TF32."""
+
+    wide: "records.Sweep"
+    half: "records.Sweep"
+    tf32: "records.Sweep | None" = None
+
+
+def splits(pair, backend, rival):
     """mixed = precision × algorithm, at every length where all three times were measured."""
     import math
 
     slow, same, quick = (
-        dict(s.series(b, "time_ms")) for s, b in ((wide, rival), (half, rival), (half, backend))
+        dict(s.series(b, "time_ms"))
+        for s, b in ((pair.wide, rival), (pair.half, rival), (pair.half, backend))
     )
+    between = dict(pair.tf32.series(rival, "time_ms")) if pair.tf32 else {}
     found = []
     for n in sorted(slow.keys() & same.keys() & quick.keys()):
         precision = slow[n]["p50"] / same[n]["p50"]
         algorithm = same[n]["p50"] / quick[n]["p50"]
         mixed = precision * algorithm
         share = math.log(precision) / math.log(mixed) if mixed > 1 else math.nan
-        found.append(Split(n, mixed, precision, algorithm, share))
+        tf32 = slow[n]["p50"] / between[n]["p50"] if n in between else None
+        found.append(Split(n, mixed, precision, algorithm, share, tf32))
     return found
 
 
@@ -313,45 +325,52 @@ def champion(sweep):
 
 
 def pairs(all_sweeps):
-    """(fp32 sweep, half-precision sweep) of the same thing, fp16 before bf16."""
+    """A Pair of each thing that was swept in fp32 and in half precision, fp16 before bf16."""
     same = ("scope", "direction", "causal", "B", "E", "H", "H_KV", "D", "device", "torch")
     found = []
     for wide in (s for s in all_sweeps if s.dtype == "float32"):
-        halves = [
+        others = [
             s
             for s in all_sweeps
             if s.dtype != "float32" and all(s.about[k] == wide.about[k] for k in same)
         ]
+        halves = [s for s in others if s.dtype != "tf32"]
         if halves:
-            found.append((wide, min(halves, key=lambda s: s.dtype != "float16")))
+            half = min(halves, key=lambda s: s.dtype != "float16")
+            found.append(Pair(wide, half, next((s for s in others if s.dtype == "tf32"), None)))
     return found
 
 
-def mixed_table(wide, half):
-    """(header, rows): the two factors per rival and flash backend at their longest length."""
-    name = {"float16": "fp16", "bfloat16": "bf16"}[half.dtype]
+def mixed_table(pair):
+    """(header, rows): the factors per rival and flash backend at their longest length."""
+    name = {"float16": "fp16", "bfloat16": "bf16"}[pair.half.dtype]
     header = ["fp32 baseline", f"{name} flash", "at N =", "speed-up", "= precision", "× algorithm"]
+    header += ["of the precision, TF32 alone"] * (pair.tf32 is not None)
     rows = []
     for rival in RIVALS:
-        for backend in challengers(half):
-            for s in splits(wide, half, backend, rival)[-1:]:
+        for backend in challengers(pair.half):
+            for s in splits(pair, backend, rival)[-1:]:
                 factors = [f"{x:.2f}×" for x in (s.mixed, s.precision, s.algorithm)]
+                if pair.tf32 is not None:
+                    factors.append("–" if s.tf32 is None else f"{s.tf32:.2f}×")
                 rows.append([records.label(rival), records.label(backend), s.n, *factors])
     return header, rows
 
 
-def mixed_words(wide, half):
+def mixed_words(pair):
     """How much of the quickest backend's advantage was precision: a sentence per rival."""
-    said, backend = [], champion(half)
+    said, backend = [], champion(pair.half)
     for rival in RIVALS:
-        if found := splits(wide, half, backend, rival) if backend else None:
+        if found := splits(pair, backend, rival) if backend else None:
             s = found[-1]
             text = (
                 f"{records.label(rival)} in fp32 takes {s.mixed:.2f} times as long as"
-                f" {records.label(backend)} in {half.dtype} at {s.n} tokens:"
+                f" {records.label(backend)} in {pair.half.dtype} at {s.n} tokens:"
                 f" {s.precision:.2f}× is the precision, {s.algorithm:.2f}× the algorithm"
             )
             if s.precision >= 1 and s.algorithm >= 1 and s.mixed > 1:
                 text += f" ({s.share:.0%} and {1 - s.share:.0%} of the gain, in logarithms)"
+            if s.tf32 is not None:
+                text += f"; fp32 tensors multiplied as TF32 already give {s.tf32:.2f}×"
             said.append(text + ".")
     return said

@@ -41,14 +41,16 @@ class Evidence:
         self.block = one(records.sweeps(seqlen), scope="block", direction="forward")
         halves = answers.pairs(records.sweeps(mixed))
         self.pair = next(
-            (p for p in halves if (p[0].scope, p[0].direction) == ("attention", "forward")), None
+            (p for p in halves if (p.wide.scope, p.wide.direction) == ("attention", "forward")),
+            None,
         )
         self.far = memory.Study(far)
         self.near = crossings.base(crossings.sweeps(near))
 
     def precisions(self):
         """Sweeps of attention alone that have SDPA, one a precision."""
-        found = {s.dtype: s for s in (self.pair or ()) if s.backends("ok")}
+        measured = [s for s in self.pair or () if s is not None and s.backends("ok")]
+        found = {s.dtype: s for s in measured}
         if self.alone is not None:
             found[self.alone.dtype] = self.alone
         return {d: s for d, s in found.items() if "sdpa" in s.backends("ok")}
@@ -74,7 +76,7 @@ def growth(sweep, backend, metric="peak_delta_mib"):
 
 
 def short(dtype):
-    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[dtype]
+    return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "tf32": "TF32"}[dtype]
 
 
 def spread(values, form="{:.2f}"):
@@ -296,10 +298,10 @@ def fair(e):
         "refuted: of the speed-up over naive and over SDPA, more than half (on a logarithmic scale)"
     )
     rule += " is the precision's; refined: over one of them; confirmed: over none"
-    backend = answers.champion(e.pair[1]) if e.pair else None
+    backend = answers.champion(e.pair.half) if e.pair else None
     found = {}
     for rival in answers.RIVALS if backend else ():
-        if splits := answers.splits(*e.pair, backend, rival):
+        if splits := answers.splits(e.pair, backend, rival):
             found[rival] = splits[-1]
     if not found:
         return Finding(claim, rule, OPEN, "")

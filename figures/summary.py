@@ -172,12 +172,12 @@ def _sdpa(block):
 
 def _precision(mixed):
     """How much of a comparison of fp32 with fp16 is the precision."""
-    for wide, half in answers.pairs(mixed):
-        backend = answers.champion(half)
+    for pair in answers.pairs(mixed):
+        backend = answers.champion(pair.half)
         parts = {}
         for rival in answers.RIVALS:
-            if wide.scope == "block" and backend and (
-                found := answers.splits(wide, half, backend, rival)
+            if pair.wide.scope == "block" and backend and (
+                found := answers.splits(pair, backend, rival)
             ):  # fmt: skip
                 parts[rival] = found[-1]
         if parts:

@@ -166,10 +166,10 @@ def seqlen_words():
 
 def mixed():
     text = ""
-    for wide, half in answers.pairs(sweeps("mixed")):
-        header, rows = answers.mixed_table(wide, half)
-        where = "Inside the block" if wide.scope == "block" else "Attention alone"
-        text += f"{where}:\n\n{markdown(header, rows)}{caption(half, 'mixed')}\n"
+    for pair in answers.pairs(sweeps("mixed")):
+        header, rows = answers.mixed_table(pair)
+        where = "Inside the block" if pair.wide.scope == "block" else "Attention alone"
+        text += f"{where}:\n\n{markdown(header, rows)}{caption(pair.half, 'mixed')}\n"
     if not text:
         raise TableError(f"{REFERENCE / 'mixed.jsonl'}: no backend in both precisions")
     return text.rstrip("\n") + "\n"
@@ -228,13 +228,13 @@ def trained():
 
 def precision_words():
     text = ""
-    for wide, half in answers.pairs(sweeps("mixed")):
-        if said := answers.mixed_words(wide, half):
-            where = "Inside the block" if wide.scope == "block" else "Attention alone"
+    for pair in answers.pairs(sweeps("mixed")):
+        if said := answers.mixed_words(pair):
+            where = "Inside the block" if pair.wide.scope == "block" else "Attention alone"
             text += f"{where}: {' '.join(said)} "
     if not text:
         raise TableError(f"{REFERENCE / 'mixed.jsonl'}: no backend in both precisions")
-    return f"{text.rstrip()}\n{caption(half, 'mixed')}"
+    return f"{text.rstrip()}\n{caption(pair.half, 'mixed')}"
 
 
 def crossed_shortly():

@@ -267,18 +267,20 @@ def _draws(q, k, v, do):
         yield q, k, v_new, do_new
 
 
-def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False):
+def expect(q, k, v, do=None, *, causal=False, scale=None, lse=False, like=None):
     """The reference and the budgets for these inputs (see the module's docstring).
 
     do: gradient of o, asks for dq, dk, dv too. lse: asks for the log-sum-exp too; True, or the
-    dtype in which a materialising kernel stores the scores.
+    dtype in which a materialising kernel stores the scores. like: the dtype that the yardstick
+    rounds to, by default that of q; fp16 where fp32 tensors are multiplied as TF32, which has its
+    10 bits.
     Raises BadCase where reference or yardstick is not finite.
     """
     names = ["o"] + (["dq", "dk", "dv"] if do is not None else [])
     reference, worst = None, {n: [0.0, 0.0, 0.0] for n in names}
     for inputs in _draws(q, k, v, do):
         true = compute(*inputs, causal=causal, scale=scale)
-        eager = compute(*inputs, causal=causal, scale=scale, dtype=q.dtype)
+        eager = compute(*inputs, causal=causal, scale=scale, dtype=like or q.dtype)
         reference = true if reference is None else reference
         for n in names:
             if not true[n].numel():

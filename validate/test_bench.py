@@ -1,5 +1,6 @@
 """bench/seqlen.py and bench/doctor.py as their users meet them, on tiny shapes on the CPU."""
 
+import argparse
 import json
 import os
 import signal
@@ -391,6 +392,28 @@ def test_the_mixed_protocol_measures_both_precisions_of_standard_attention(tmp_p
     said = capsys.readouterr().out
     assert "speed-up = precision × algorithm" in said
     assert "× is the precision" in said
+
+
+def test_tf32_is_a_precision_of_its_own(monkeypatch, tmp_path):
+    """Between fp32 and half in the mixed protocol; asked of torch by its flag, of ours by name."""
+    args = argparse.Namespace(protocol="mixed", dtype="float16", device=torch.device("cuda"))
+    monkeypatch.setattr(seqlen, "has_tf32", lambda device: device.type == "cuda")
+    assert seqlen.precisions("naive", args) == ["float32", "tf32", "float16"]
+    assert seqlen.precisions("flash-attn", args) == ["float16"]
+    assert seqlen.attention_of("v1_flash", "tf32").keywords == {"allow_tf32": True}
+    assert seqlen.attention_of("v1_flash", "float32") is backends.load("v1_flash")
+    with common.products("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+    out = tmp_path / "r.jsonl"
+    arguments = ["--backends", "naive", "--lengths", "32", "--embed", "32", "--heads", "2"]
+    assert seqlen.main([*arguments, "--dtype", "tf32", "--no-charts", "--out", str(out)]) == 0
+    found = [m["time_ms"] for m in records.gather(records.read(out)).values()]
+    assert {(r["dtype"], r["float32_matmul"], r["status"]) for r in found} == {
+        ("tf32", "high", "unsupported")
+    }
+    assert "compute capability 8.0" in found[0]["reason"]
 
 
 def test_backward_is_measured(tmp_path):

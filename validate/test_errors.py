@@ -314,3 +314,19 @@ def test_an_approximate_reciprocal_is_no_error(ulps, ok):
     got = right * (1 + ulps * torch.finfo(FP32).eps)
     verdict = errors.verdict({"o": got}, expectation)
     assert verdict.ok == ok, verdict.reasons
+
+
+def test_products_of_ten_bits_pass_like_fp16_and_not_as_fp32():
+    """What TF32 does to fp32 tensors: the operands of each product lose 13 bits, nothing else."""
+
+    def round_tf32(t):
+        return ((t.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+    def attention(q, k, v, *, causal=False, scale=None):
+        s = round_tf32(q) @ round_tf32(k).mT / math.sqrt(q.shape[-1])
+        return round_tf32(s.softmax(-1)) @ round_tf32(v)
+
+    given = tensors(torch.float32, b=1, h=2, h_kv=2, n_q=128, n_k=128, d=64)[:3]
+    got = errors.run(attention, *given)
+    assert errors.verdict(got, errors.expect(*given, like=torch.float16)).ok
+    assert errors.verdict(got, errors.expect(*given)).over > 100

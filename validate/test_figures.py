@@ -166,13 +166,23 @@ def test_mixed_speed_up_is_precision_times_algorithm():
         *times("naive", (2.0, 4.0, 8.0, 16.0)),
         *times("flash-attn", (1.0, 2.0, 2.0, 2.0)),
     ]
-    ((wide, half),) = answers.pairs(records.sweeps(rows))
-    last = answers.splits(wide, half, "flash-attn", "naive")[-1]
+    (pair,) = answers.pairs(records.sweeps(rows))
+    last = answers.splits(pair, "flash-attn", "naive")[-1]
     assert (last.n, last.mixed, last.precision, last.algorithm) == (1024, 32.0, 4.0, 8.0)
     assert last.share == pytest.approx(0.4)
-    (said,) = answers.mixed_words(wide, half)
+    assert (pair.tf32, last.tf32) == (None, None)
+    (said,) = answers.mixed_words(pair)
     assert "32.00 times as long" in said
     assert "4.00× is the precision, 8.00× the algorithm (40% and 60%" in said
+
+    rows += times("naive", (7.0, 12.0, 20.0, 20.0), dtype="tf32")
+    (pair,) = answers.pairs(records.sweeps(rows))
+    last = answers.splits(pair, "flash-attn", "naive")[-1]
+    assert (last.mixed, last.precision, last.tf32) == (32.0, 4.0, 3.2)
+    tail = "; fp32 tensors multiplied as TF32 already give 3.20×."
+    assert answers.mixed_words(pair) == [said[:-1] + tail]
+    header, (row,) = answers.mixed_table(pair)
+    assert (header[-1], row[-1]) == ("of the precision, TF32 alone", "3.20×")
 
 
 # Records
@@ -294,7 +304,7 @@ def test_the_committed_pictures_show_the_reference_records(name):
     found = records.sweeps(records.read(path))
     folder = table.REFERENCE.parent
     if name == "mixed":
-        digests = [d for wide, half in answers.pairs(found) for d in (wide.digest(), half.digest())]
+        digests = [s.digest() for pair in answers.pairs(found) for s in pair if s is not None]
         pictures = [p for p in folder.glob("*-mixed-*.*") if p.suffix in (".png", ".svg")]
     elif name == "both":
         digests = [one.digest() for one in both.pairs(found) if len(one.lengths) > 2]
