@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 import triton
+from flashstudy.kernels import v7_hopper_backward
 from flashstudy.validate import errors
 from flashstudy.validate.test_hopper_forward import main_loops, positions
 
@@ -344,3 +345,23 @@ def test_refuses_what_it_cannot_take():
         call(192, torch.float16)
     with pytest.raises(ValueError, match="q: expected a dtype among"):
         call(64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("units", "most", "size"),
+    [
+        (32, 5, 4),
+        (64, 10, 8),
+        (32, 2, 2),
+        (12, 5, 4),
+        (13, 5, 5),
+        (11, 4, 4),
+        (7, 100, 7),
+        (9, 0, 1),
+    ],
+)
+def test_sections_have_as_many_heads(units, most, size):
+    """No section is much shorter than the others, and none takes more than L2 has."""
+    assert v7_hopper_backward._section(units, most) == size
+    assert size <= max(1, most)
+    assert units % size == 0 or units % size >= size / 2
