@@ -253,31 +253,67 @@ def outcome_into(result, device):
         torch.cuda.empty_cache()
 
 
-def to_compile(cells, much):
-    """Those of the cells that another process can compile for: of what compiles every shape anew,
-    all that take less than `much` memory; of the others the shortest of each sweep.
+def tuning_bytes(cell):
+    """Bytes that the first call of compiled naive attention takes, at least; 0 of others.
+
+    Its softmax overwrites the scores, and torch times kernels that overwrite on a copy.
     """
-    found = {}
-    for cell in sorted(cells, key=lambda c: c.N):
+    if cell.backend != "naive-compiled":
+        return 0
+    return 2 * cell.B * cell.H * cell.N**2 * common.PRECISIONS[cell.dtype].itemsize
+
+
+def make_room(cell, device):
+    """Have torch make that copy on the GPU, by having held as much there once.
+
+    Else it goes to page-locked memory of the host: 16 s for 32 GiB of scores (2026-11-27).
+    """
+    if (need := tuning_bytes(cell)) and device.type == "cuda":
+        with contextlib.suppress(torch.OutOfMemoryError):  # other processes hold some
+            torch.empty(int(1.1 * need), dtype=torch.uint8, device=device)
+        torch.cuda.empty_cache()
+
+
+def to_compile(cells, memory):
+    """What other processes can compile for these cells, as tuples of cells for one process each.
+
+    Of what compiles every shape anew, all; of the others the shortest of each sweep and, unless it
+    stores scores, the longest: some launch another kernel there. Those that take a good part of the
+    `memory` follow each other in one process. What compiles for long comes first.
+    """
+    once, shapes, large = {}, [], []
+    for cell in sorted(cells, key=lambda c: -c.N):
         if not rounds.helped(cell.backend):
             continue
         if cell.backend not in rounds.DISK_CACHED:
-            found.setdefault(cell._replace(N=0, scope=""), cell)
-        elif cell.backend != "naive-compiled" or predict(cell._replace(backend="naive"))[0] < much:
-            found[cell] = cell
-    return list(found.values())
+            ends = once.setdefault(cell._replace(N=0, scope=""), [])
+            stored = backends.BACKENDS[cell.backend].family == "standard"
+            ends[0 if stored else 1 :] = [cell]
+        elif tuning_bytes(cell) <= SHARE * memory:
+            shapes.append((cell,))
+        elif tuning_bytes(cell) <= memory:
+            large.append(cell)
+    return [tuple(task) for task in ([large] if large else []) + [*once.values(), *shapes]]
 
 
-def first_call(cell, index, seed):
-    """Call a cell once, in a process of its own, for the sake of what that leaves on disk."""
+def first_calls(cells, index, seed):
+    """Call each cell once, in a process of its own, for the sake of what that leaves on disk."""
     rounds.compile_alone()
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    torch.manual_seed(seed)
-    with torch.set_grad_enabled(cell.direction == "backward"), common.products(cell.dtype):
-        _, whole = build(cell, attention_of(cell.backend, cell.dtype), device)
-        whole()
-    torch.cuda.synchronize()
+    for cell in cells:
+        torch.manual_seed(seed)
+        with (
+            contextlib.suppress(torch.OutOfMemoryError),
+            torch.set_grad_enabled(cell.direction == "backward"),
+            common.products(cell.dtype),
+        ):
+            _, whole = build(cell, attention_of(cell.backend, cell.dtype), device)
+            make_room(cell, device)
+            whole()
+            del whole
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
 class Bench:
@@ -287,27 +323,39 @@ class Bench:
         self.device, self.effort, self.seed = device, effort, seed
         self.random = random.Random(seed)
         self.verdicts = {}  # (backend, dtype, direction) -> (status, reason), of those that failed
-        self.much = common.memory_bytes(device) * SHARE
+        self.memory = common.memory_bytes(device)
+        self.compiling = None  # the rounds.Precompiler of `precompile`
 
-    def precompile(self, cells, seconds=math.inf):
-        """On a GPU, compile in other processes what these cells need and what stays on disk."""
-        tasks = to_compile(cells, self.much)
-        if self.device.type != "cuda" or len(tasks) < FEW_TASKS:
+    def precompile(self, cells):
+        """On a GPU, begin to compile in other processes what stays on disk; `wait` for it."""
+        tasks = to_compile(cells, self.memory) if self.device.type == "cuda" else []
+        if len(tasks) < FEW_TASKS:
             return
         print(f"compiling {len(tasks)} kernels in other processes …", flush=True)
-        tasks = [(cell, self.device.index, self.seed) for cell in tasks]
-        for cell, *_ in rounds.Precompiler(tasks, first_call).wait(seconds=seconds):
+        tasks = [(some, self.device.index, self.seed) for some in tasks]
+        self.compiling = rounds.Precompiler(tasks, first_calls)
+
+    def wait(self, seconds=math.inf):
+        """Until the other processes are done, or so long; what hangs there is not called here."""
+        if self.compiling is None:
+            return
+        compiling, self.compiling = self.compiling, None
+        rounds.compile_alone()  # what is left for this process; others would disturb the clocks
+        for (cell, *_), *_ in compiling.wait(seconds=seconds):
             reason = f"at N = {cell.N} it did not return within {rounds.PATIENCE} s"
             self.verdicts[cell.backend, cell.dtype, cell.direction] = "failed", reason
 
-    def verify(self, cells):
-        """Judge each backend against the fp64 reference at the sweep's smallest length."""
-        by_case = {}
+    def verify(self, cells, helped):
+        """Judge each backend against the fp64 reference at the sweep's smallest length.
+
+        helped: those for which other processes compile, or the others.
+        """
+        n, by_case = min(512, min(c.N for c in cells)), {}
         for c in cells:
-            by_case.setdefault((c.dtype, c.direction), {}).setdefault(c.backend, c)
+            if rounds.helped(c.backend) == helped:
+                by_case.setdefault((c.dtype, c.direction), {}).setdefault(c.backend, c)
         for (dtype, direction), some in by_case.items():
             c = next(iter(some.values()))
-            n = min(512, min(x.N for x in cells))
             b = c.B if c.B * c.H * n * n <= 2**24 else 1
             torch.manual_seed(self.seed)
             shapes = [(b, h, n, c.head_dim) for h in (c.H, c.H_KV, c.H_KV, c.H)]
@@ -338,7 +386,7 @@ class Bench:
 
     def _ready(self, cell):
         """The cell's functions on fresh data and, in the block, a fresh model."""
-        if self.device.type == "cuda" and torch.cuda.memory_reserved() > self.much:
+        if self.device.type == "cuda" and torch.cuda.memory_reserved() > SHARE * self.memory:
             gc.collect()  # what the cell before left behind may not fill the memory
             torch.cuda.empty_cache()
         torch.manual_seed(self.seed)
@@ -352,10 +400,15 @@ class Bench:
                 text = f"needs {need / GIB:.1f} GiB of {free / GIB:.1f} GiB available; not tried"
                 result.fail("oom", text)
                 return
+        elif (need := tuning_bytes(cell)) > self.memory:  # nor the host's memory locked for it
+            text = "needs {:.0f} GiB of {:.0f} GiB, its scores twice to time kernels on; not tried"
+            result.fail("oom", text.format(need / GIB, self.memory / GIB))
+            return
         with torch.set_grad_enabled(cell.direction == "backward"):
             fn, whole = self._ready(cell)
             if cell.backend == "sdpa":
                 result.kernel = picked(cell, self.device)
+            make_room(cell, self.device)
             fn()
             if whole is not fn:
                 del fn  # and with it the graph of its forward
@@ -534,15 +587,17 @@ def reason_against(cell, device):
     return reason_not(cell.backend, device, cell.dtype, cell.direction == "backward")
 
 
-def takes(group):
+def takes(group, memory):
     """Seconds that cells of one length need at least, roughly: for calls that take long."""
 
-    def rate(cell):
+    def calls(cell):
+        if max(tuning_bytes(cell), predict(cell)[0] or 0) > memory:
+            return 0.0
         stored = backends.BACKENDS[cell.backend].family == "standard"
         wide = common.PRECISIONS[cell.dtype] == torch.float32
-        return 40e12 if stored or wide else 300e12
+        return CALLS * cell.flops() / (40e12 if stored or wide else 300e12)
 
-    return sum(CALLS * c.flops() / rate(c) + CELL_SECONDS for c in group)
+    return sum(calls(c) + CELL_SECONDS for c in group)
 
 
 def sweep(args, store, shared):
@@ -568,15 +623,20 @@ def sweep(args, store, shared):
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
     cells = [c for group in todo for c in group]
-    bench.precompile(cells, math.inf if args.budget is None else COMPILE_SHARE * args.budget)
+    bench.precompile(cells)
     print("checking the backends against the fp64 reference …", flush=True)
     try:
-        bench.verify(cells)
+        bench.verify(cells, helped=False)  # meanwhile
+        spare = math.inf if args.budget is None else COMPILE_SHARE * args.budget
+        bench.wait(max(0.0, start + spare - time.monotonic()))
+        bench.verify(cells, helped=True)
     except DeadContext:
         for c in cells:
             if judged := bench.verdicts.get((c.backend, c.dtype, c.direction)):
                 store.append(rows(c, Result(*judged), shared))
         raise
+    finally:
+        bench.wait(0.0)
     for (name, dtype, direction), (status, reason) in bench.verdicts.items():
         print(f"  {records.label(name)} ({direction}, {dtype}): {status}: {reason}")
 
@@ -595,7 +655,7 @@ def sweep(args, store, shared):
 
         late = []
         for group in todo:
-            if time.monotonic() + takes(group) > end:
+            if time.monotonic() + takes(group, bench.memory) > end:
                 late.append(group)
                 continue
             for cell, result in bench.group(group, step):

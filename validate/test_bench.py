@@ -14,6 +14,7 @@ from flashstudy import backends
 from flashstudy.bench import common, doctor, seqlen
 from flashstudy.figures import records
 
+GIB = 2**30
 TINY = [
     "--device",
     "cpu",
@@ -494,7 +495,7 @@ def test_a_copy_can_be_told_which_commit_it_is(monkeypatch):
 
 
 def test_other_processes_compile_every_shape_only_of_what_needs_it(monkeypatch):
-    names = ["naive", "naive-compiled", "flex", "flash-attn-4", "v1_flash"]
+    names = ["naive", "naive-compiled", "flex", "flash-attn-4", "v0_naive", "v1_flash"]
     cells = [
         seqlen.Cell(name, scope, "forward", "bfloat16", True, 4, 2048, 16, 16, n)
         for n in (512, 128, 16384)
@@ -502,24 +503,92 @@ def test_other_processes_compile_every_shape_only_of_what_needs_it(monkeypatch):
         for name in names
     ]
     monkeypatch.delenv(common.FA4_CACHE, raising=False)
-    found = seqlen.to_compile(cells, 32 * 2**30)
-    shapes = [(scope, n) for n in (128, 512, 16384) for scope in ("attention", "block")]
-    assert {(c.scope, c.N) for c in found if c.backend == "flex"} == set(shapes)
-    # 64 GiB of scores at 16,384 tokens are more than a process may take to compile.
-    assert {(c.scope, c.N) for c in found if c.backend == "naive-compiled"} == set(shapes[:4])
-    assert [c.N for c in found if c.backend == "v1_flash"] == [128]
-    assert {c.backend for c in found} == {"naive-compiled", "flex", "v1_flash"}
+    tasks = seqlen.to_compile(cells, 140 * GIB)
+    found = [c for task in tasks for c in task]
+    shapes = {(scope, n) for n in (128, 512, 16384) for scope in ("attention", "block")}
+    for name in ("flex", "naive-compiled"):
+        assert {(c.scope, c.N) for c in found if c.backend == name} == shapes
+    # 32 GiB of scores at 16,384 tokens, twice: more than two processes may take at a time.
+    assert [(c.backend, c.N) for c in tasks[0]] == [("naive-compiled", 16384)] * 2
+    # One step may launch another kernel for much work than for little, but not v0: it stores all.
+    assert [[c.N for c in task] for task in tasks if task[0].backend == "v1_flash"] == [
+        [16384, 128]
+    ]
+    assert [[c.N for c in task] for task in tasks if task[0].backend == "v0_naive"] == [[128]]
+    assert all(
+        len(task) == 1 for task in tasks[1:] if task[0].backend in ("flex", "naive-compiled")
+    )
+    assert {c.backend for c in found} == {"naive-compiled", "flex", "v0_naive", "v1_flash"}
     monkeypatch.setenv(common.FA4_CACHE, "1")
-    assert [c.N for c in seqlen.to_compile(cells, 2**30) if c.backend == "flash-attn-4"] == [128]
+    with_fa4 = [c for task in seqlen.to_compile(cells, 140 * GIB) for c in task]
+    assert {c.N for c in with_fa4 if c.backend == "flash-attn-4"} == {128, 16384}
+    # What would not fit even alone is not tried anywhere.
+    found = [c for task in seqlen.to_compile(cells, 60 * GIB) for c in task]
+    assert {c.N for c in found if c.backend == "naive-compiled"} == {128, 512}
+
+
+def test_compiled_naive_is_not_tried_where_its_scores_do_not_fit_twice(monkeypatch):
+    """The first call would fill the host's memory, too, before it failed."""
+    called = []
+    replace(monkeypatch, "naive-compiled", lambda attention, *qkv, **rest: called.append(1))
+    monkeypatch.setattr(common, "memory_bytes", lambda device: 140 * GIB)
+    bench = seqlen.Bench(torch.device("cuda"), seqlen.EFFORTS["cuda", "quick"], 0)
+    cell = seqlen.Cell(
+        "naive-compiled", "block", "forward", "bfloat16", True, 4, 2048, 16, 16, 32768
+    )
+    result = seqlen.Result()
+    bench.prepare(cell, result)
+    assert (result.status, called) == ("oom", [])
+    assert result.reason.startswith("needs 256 GiB of 140 GiB")
+    assert "not tried" in result.reason
+    assert seqlen.tuning_bytes(cell._replace(N=16384)) == 64 * GIB
+    assert seqlen.tuning_bytes(cell._replace(dtype="float32", N=16384)) == 128 * GIB
+    assert seqlen.tuning_bytes(cell._replace(backend="naive")) == 0
+
+
+def test_backends_are_checked_while_other_processes_compile(tmp_path, monkeypatch):
+    log = []
+    real = seqlen.errors.run
+
+    def run(attention, *rest, **more):
+        log.append("check")
+        return real(attention, *rest, **more)
+
+    class Compiling:
+        def __init__(self, tasks, work):
+            assert work is seqlen.first_calls
+            log.append("begin")
+
+        def wait(self, seconds):
+            log.append("wait")
+            return []
+
+    monkeypatch.setattr(seqlen.errors, "run", run)
+    monkeypatch.setattr(seqlen.rounds, "Precompiler", Compiling)
+    monkeypatch.setattr(seqlen.rounds, "compile_alone", lambda: log.append("alone"))
+    monkeypatch.setattr(seqlen.rounds, "helped", lambda name: name == "sdpa-flash")
+    monkeypatch.setattr(seqlen, "to_compile", lambda cells, memory: [(cells[0],)] * 4)
+    precompile = seqlen.Bench.precompile
+
+    def on_a_gpu(bench, cells):
+        bench.device = torch.device("cuda", 0)
+        precompile(bench, cells)
+        bench.device = torch.device("cpu")
+
+    monkeypatch.setattr(seqlen.Bench, "precompile", on_a_gpu)
+    out = tmp_path / "r.jsonl"
+    assert seqlen.main([*TWO, "--scope", "attention", "--out", str(out)]) == 0
+    assert log == ["begin", "check", "alone", "wait", "check"]
 
 
 def test_what_hangs_in_another_process_is_not_called(tmp_path, monkeypatch, capsys):
-    def hung(bench, cells, seconds):
+    def hung(bench, seconds):
         bench.verdicts["sdpa-flash", "float32", "forward"] = "failed", "did not return"
 
     called = []
     replace(monkeypatch, "sdpa-flash", lambda attention, *qkv, **rest: called.append(1))
-    monkeypatch.setattr(seqlen.Bench, "precompile", hung)
+    monkeypatch.setattr(seqlen.Bench, "wait", hung)
+    monkeypatch.setattr(seqlen.rounds, "helped", lambda name: name == "sdpa-flash")
     out = tmp_path / "r.jsonl"
     assert seqlen.main([*TWO, "--scope", "attention", "--out", str(out)]) == 1
     found = {k[0]: m["time_ms"]["status"] for k, m in cells_of(out).items()}
@@ -528,7 +597,7 @@ def test_what_hangs_in_another_process_is_not_called(tmp_path, monkeypatch, caps
 
 
 def test_a_budget_leaves_whole_lengths_to_the_next_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(seqlen, "takes", lambda group: 1e9 if group[0].N == 32 else 0.0)
+    monkeypatch.setattr(seqlen, "takes", lambda group, memory: 1e9 if group[0].N == 32 else 0.0)
     out = tmp_path / "r.jsonl"
     assert seqlen.main([*TWO, "--budget", "600", "--out", str(out)]) == 0
     assert {k[3] for k in cells_of(out)} == {16}
@@ -544,9 +613,14 @@ def test_long_lengths_take_longer():
         seqlen.Cell(name, "attention", "forward", "bfloat16", True, 4, 2048, 16, 16, 32768)
         for name in ("naive", "flash-attn")
     ]
-    flops = 4 * 4 * 16 * 32768**2 * 128 / 2
-    assert seqlen.takes(cells[1:]) == pytest.approx(14 * flops / 300e12 + 0.15)
-    assert seqlen.takes(cells[:1]) > 5 * seqlen.takes(cells[1:])
-    assert seqlen.takes([c._replace(N=128) for c in cells]) < 0.4
-    wide = seqlen.takes([c._replace(dtype="float32") for c in cells[1:]])
-    assert wide > 5 * seqlen.takes(cells[1:])
+    memory, flops = 10**12, 4 * 4 * 16 * 32768**2 * 128 / 2
+    assert seqlen.takes(cells[1:], memory) == pytest.approx(14 * flops / 300e12 + 0.15)
+    assert seqlen.takes(cells[:1], memory) > 5 * seqlen.takes(cells[1:], memory)
+    assert seqlen.takes([c._replace(N=128) for c in cells], memory) < 0.4
+    wide = seqlen.takes([c._replace(dtype="float32") for c in cells[1:]], memory)
+    assert wide > 5 * seqlen.takes(cells[1:], memory)
+    # What does not fit is over at once.
+    assert seqlen.takes(cells[:1], 140 * GIB) == pytest.approx(0.15)
+    compiled = cells[0]._replace(backend="naive-compiled")
+    assert seqlen.takes([compiled], 140 * GIB) == pytest.approx(0.15)
+    assert seqlen.takes([compiled], 300 * GIB) > 5
