@@ -27,6 +27,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -344,6 +345,7 @@ def _be_quiet():
 
 
 def _worker(connection, device):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends them
     torch.set_num_threads(1)  # the parallelism is in the processes
     _be_quiet()
     while (task := connection.recv()) is not None:
@@ -418,39 +420,43 @@ def _effort(part):
 def run_in_workers(work, device, jobs, show):
     """Judge every (name, case, dtype) of `work`, a list of lists; the records in any order.
 
-    Each inner list shares compilations and stays in one process. Heavy cases run last, few at a
+    Each inner list stays in one process, the longest come first. Heavy cases run last, few at a
     time, because they have to fit in memory together.
     """
     light = [[t for t in part if not t[1].heavy] for part in work]
+    light = sorted((part for part in light if part), key=_effort)
     heavy = [[t] for part in work for t in part if t[1].heavy]
+    workers = [Worker(device) for _ in range(min(jobs, len(light) + len(heavy)))]
+
+    def next_part():
+        running = sum(w.task is not None and w.task[1].heavy for w in workers)
+        if light:
+            return light.pop()[::-1]
+        return heavy.pop() if heavy and running < HEAVY_JOBS else []
+
     records = []
-    for parts, count in ((light, jobs), (heavy, min(jobs, HEAVY_JOBS))):
-        waiting = sorted((p for p in parts if p), key=_effort)
-        workers = [Worker(device) for _ in range(min(count, len(waiting)))]
-        try:
-            while workers:
-                for i, w in enumerate(workers):
-                    if w.task is not None and (record := w.take()) is not None:
-                        records.append(record)
-                        show(record)
-                        if record["status"] == "crash":  # what it leaves behind is not trusted
-                            w.stop()
-                            workers[i] = Worker(device)
-                            workers[i].queue = w.queue
-                            w = workers[i]
-                    if w.task is None:
-                        if not w.queue and waiting:
-                            w.queue = waiting.pop()[::-1]
-                        if w.queue:
-                            w.give(w.queue.pop())
-                idle = [w for w in workers if w.task is None]
-                for w in idle:
-                    w.stop()
-                workers = [w for w in workers if w.task is not None]
-                multiprocessing.connection.wait([w.connection for w in workers], timeout=1)
-        finally:
-            for w in workers:
+    try:
+        while workers:
+            for i, w in enumerate(workers):
+                if w.task is not None and (record := w.take()) is not None:
+                    records.append(record)
+                    show(record)
+                    if record["status"] == "crash":  # what it leaves behind is not trusted
+                        w.stop()
+                        workers[i] = Worker(device)
+                        workers[i].queue = w.queue
+                        w = workers[i]
+                if w.task is None:
+                    w.queue = w.queue or next_part()
+                    if w.queue:
+                        w.give(w.queue.pop())
+            for w in (w for w in workers if w.task is None):
                 w.stop()
+            workers = [w for w in workers if w.task is not None]
+            multiprocessing.connection.wait([w.connection for w in workers], timeout=1)
+    finally:
+        for w in workers:
+            w.stop()
     return records
 
 
@@ -653,9 +659,13 @@ def parse(argv=None):
 
 
 def plan(args):
-    """(work, skipped, notes): lists of (name, case, dtype) that share compilations, and the reasons
-    for what does not run or runs on fewer cases."""
-    work, skipped, notes = [], [], []
+    """(work, skipped, notes): lists of (name, case, dtype) to judge in one process, and the reasons
+    for what does not run or runs on fewer cases.
+
+    On a GPU such a list shares compilations, as few as there are: they take the most time. What
+    compiles nothing shares references, which depend on the case alone.
+    """
+    parts, skipped, notes = defaultdict(list), [], []
     for name in args.backends or BACKENDS:
         row = BACKENDS[name]
         interpreted = args.device == "cpu" and row.cpu == "interpreter"
@@ -667,17 +677,19 @@ def plan(args):
                 reasons[why].append(dtype_name)
                 continue
             options = {"backward": row.backward, "interpreted": interpreted, "quick": args.quick}
-            grid = cases.grid(name, args.device, dtype, **options)
-            parts = defaultdict(list)
-            for c in grid:  # on a GPU, what compiles together runs together
-                key = () if args.device == "cpu" else (c.grad, c.d != 64, c.d > 96)
+            for c in cases.grid(name, args.device, dtype, **options):
+                key = name, dtype
                 if name in cases.CORE_ONLY:  # nothing to share: every case compiles
-                    key = c
+                    key = name, dtype, c
+                elif args.device == "cuda" and row.target.startswith("kernels."):
+                    key = name, dtype, c.grad, c.d
+                elif args.device == "cuda":
+                    key = dtype, c.grad, c.family
                 parts[key].append((name, c, dtype))
-            work += parts.values()
         skipped += [f"{name} {', '.join(d)}: {why}" for why, d in reasons.items()]
-        if name in cases.CORE_ONLY and any(p[0][0] == name for p in work):
+        if name in cases.CORE_ONLY and any(p[0][0] == name for p in parts.values()):
             notes.append(f"{name} runs the core cases only: it {cases.CORE_ONLY[name]}")
+    work = list(parts.values())
     if any(BACKENDS[p[0][0]].cpu == "interpreter" for p in work) and args.device == "cpu":
         notes.append(
             f"Triton's interpreter runs the kernels on cases of up to {cases.INTERPRETED_TILES}"

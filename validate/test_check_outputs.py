@@ -1,11 +1,14 @@
 """The validator as a command: what it prints, its exit codes, and that broken backends fail it."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,6 +340,112 @@ def test_a_crash_or_a_hang_costs_one_case(monkeypatch, worker, reason):
     assert all(reason in r["reasons"][0] for r in crashed)
     assert all(r["status"] == "ok" for r in records if r not in crashed)
     assert check_outputs.report(records, [], 0.0) == 1
+
+
+class Counting:
+    """A worker without a process: a case is done at the third look."""
+
+    made, running, most, order = 0, 0, 0, []
+
+    def __init__(self, device):
+        Counting.made += 1
+        self.connection, self.task, self.queue = None, None, []
+
+    def give(self, task):
+        self.task, self.looks = task, 0
+        Counting.order.append(task)
+        if task[1].heavy:
+            Counting.running += 1
+            Counting.most = max(Counting.most, Counting.running)
+
+    def take(self):
+        self.looks += 1
+        if self.looks < 3:
+            return None
+        Counting.running -= self.task[1].heavy
+        self.task = None
+        return {"status": "ok"}
+
+    def stop(self):
+        pass
+
+
+def test_heavy_cases_run_last_few_at_a_time_in_the_same_processes(monkeypatch):
+    monkeypatch.setattr(check_outputs, "Worker", Counting)
+    monkeypatch.setattr(check_outputs.multiprocessing.connection, "wait", lambda *a, **more: None)
+    heavy = [c for c in cases.every() if c.heavy] * 4
+    light = [c for c in cases.every() if c.family == "edges"][:10]
+    work = [[("naive", c, FP16) for c in heavy + light[:1]]]
+    work += [[("sdpa", c, FP16)] for c in light[1:]]
+    records = check_outputs.run_in_workers(work, "cuda", 5, lambda record: None)
+    assert len(records) == len(Counting.order) == len(heavy) + len(light)
+    assert Counting.most == check_outputs.HEAVY_JOBS
+    assert Counting.made == 5
+    weights = [task[1].heavy for task in Counting.order]
+    assert not any(weights[: len(light)])
+    assert all(weights[len(light) :])
+
+
+def test_lists_share_what_there_is_to_share(monkeypatch):
+    """A kernel's compilations, a library's references; every case is in one list."""
+
+    def supported(name, device, dtype):
+        return None if dtype in BACKENDS[name].dtypes else "not this dtype"
+
+    monkeypatch.setattr(check_outputs, "why_not", supported)
+    names = ["naive", "sdpa", "flex", "v1_flash", "v6_persistent"]
+    dtypes = ["fp16", "fp32"]
+    args = SimpleNamespace(backends=names, device="cuda", dtype=dtypes, quick=False)
+    work, skipped, _ = check_outputs.plan(args)
+    assert skipped == ["v6_persistent fp32: not this dtype"]
+    tasks = [task for part in work for task in part]
+    wanted = {
+        (name, case, dtype)
+        for name in names
+        for dtype in (FP16, FP32)
+        if dtype in BACKENDS[name].dtypes
+        for case in cases.grid(
+            name, "cuda", dtype, backward=BACKENDS[name].backward, interpreted=False
+        )
+    }
+    assert len(tasks) == len(wanted)
+    assert set(tasks) == wanted
+    for part in work:
+        who = {name for name, _, _ in part}
+        assert len({(case.grad, dtype) for _, case, dtype in part}) == 1
+        if who & {"v1_flash", "v6_persistent"}:
+            assert len(who) == len({case.d for _, case, _ in part}) == 1
+        elif who == {"flex"}:
+            assert len(part) == 1
+        else:
+            assert who == {"naive", "sdpa"}
+            assert len(part) == 2 * len({case for _, case, _ in part})
+
+
+def test_ctrl_c_ends_the_processes_and_says_nothing_of_them():
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command_ = [sys.executable, str(SCRIPT), "--device", "cpu", "--backends", "v1_flash"]
+    run = subprocess.Popen(
+        [*command_, "--jobs", "2"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=env, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        for line in run.stdout:
+            if "worker processes" in line:
+                break
+        time.sleep(5)  # its workers are at it
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to all of them
+        said, _ = run.communicate(timeout=30)
+        assert run.returncode == 130, said
+        assert "Traceback" not in said
+        with pytest.raises(ProcessLookupError):  # soon nobody is left in the group
+            for _ in range(100):
+                os.killpg(run.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
 
 
 # ---- The grid ------------------------------------------------------------------------------------
