@@ -15,19 +15,21 @@ Short attention takes microseconds, and who wins depends on the clock:
 
 Every flash backend is held against naive attention, naive attention through torch.compile, and
 SDPA, at lengths from 16 to 1024. The base is one condition with every backend; the other slices
-vary one thing of it each, at powers of two and with a few backends:
+vary one thing of it each:
 
-    base       forward, every flash backend
-    training   forward and backward in one call, every flash backend
-    fill       B·H, how many heads in all there are to fill the GPU with: the heat map
-    mask       full where the base is causal, or the other way round
-    head-dim   the other head dims
-    dtype      the other precisions
+    base       forward, every flash backend, every length
+    training   forward and backward in one call, every flash backend, powers of two
+    fill       B·H, how many heads in all there are to fill the GPU with, powers of two: the heat
+               map; a few backends
+    mask       full where the base is causal, or the other way round; a few backends and lengths
+    head-dim   the other head dims; likewise
+    dtype      the other precisions; likewise
 
 Not measured: the slices' combinations; the compiled naive outside of the first two slices and
-between powers of two, and FlexAttention between powers of four, since each of their shapes compiles
-for seconds; SDPA in the heat map, whose cuDNN kernels are planned anew for every shape. --backends
-measures what it names everywhere. Without a GPU there is one clock, and the answer is the CPU's.
+between powers of two (training: four), and FlexAttention between powers of four, since each of
+their shapes compiles for seconds; SDPA in the heat map, whose cuDNN kernels are planned anew for
+every shape. --backends measures what it names everywhere. Without a GPU there is one clock, and the
+answer is the CPU's.
 
 In every cell the backends take turns, each round in another order. The crossing is interpolated
 between the two lengths around it; its interval comes from turns drawn again (figures/crossings.py
@@ -60,9 +62,11 @@ from tqdm import tqdm
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 QUICK_LENGTHS = (16, 64, 256, 1024)
 SLICES = ("base", "training", "fill", "mask", "head-dim", "dtype")
-DENSE = ("base", "training")  # every backend, every length
+DENSE = ("base", "training")  # every backend
 HEAD_DIMS = (64, 128, 256)
-COARSE = {"naive-compiled": 2, "flex": 4}  # lengths are powers of this, where there are two such
+FEW_LENGTHS = (16, 64, 256, 512, 1024)  # of the slices for which `lengths_of` names no other
+# Where there are two such lengths, these backends take part at powers of a number alone.
+COARSE = {"base": {"naive-compiled": 2, "flex": 4}, "training": {"naive-compiled": 4, "flex": 4}}
 SETUP_SHARE, SETUP_END = 0.62, 0.75  # of a budget: then no more that compiles for long, no more
 REPLAYS = 2  # of a graph in a turn
 EVENT_S, WALL_S = 1.5e-3, 5e-3  # seconds in a turn: of events, of eager calls back to back
@@ -77,7 +81,7 @@ def defaults(device, quick):
     else:
         half = torch.cuda.get_device_capability(device) >= (8, 0)
         sizes = {"batch": 4, "heads": 16, "head_dim": 128}
-        sizes |= {"fills": [1, 4, 16, 64, 256, 1024], "slices": list(SLICES)}
+        sizes |= {"fills": [1, 16, 64, 256, 1024], "slices": list(SLICES)}
         sizes["dtype"] = "bfloat16" if half else "float16"
     if quick:
         sizes |= {"slices": ["base", "training", "fill"], "fills": sizes["fills"][::2]}
@@ -106,9 +110,21 @@ def few_backends(device):
 
 
 def powers(lengths, of):
-    """The lengths that are powers of a number, all of them where fewer than two are."""
+    """The lengths that are powers of a number, all where fewer than two are or the number is 1."""
+    if of == 1:
+        return list(lengths)
     some = [n for n in lengths if of ** round(math.log(n, of)) == n]
     return some if len(some) > 1 else list(lengths)
+
+
+def lengths_of(name, lengths):
+    """The lengths that a slice has: all, the powers of two, or a few."""
+    if name == "base":
+        return lengths
+    if name in ("training", "fill"):
+        return powers(lengths, 2)
+    some = [n for n in lengths if n in FEW_LENGTHS]
+    return some if len(some) > 1 else lengths
 
 
 def shape_of(fill, heads):
@@ -136,20 +152,19 @@ def plan_of(args):
     }
     plan, seen = {}, set()
     for name in (s for s in SLICES if s in args.slices):
-        dense = name in DENSE
+        dense, coarse = name in DENSE, COARSE.get(name, {})
         names = args.backends or (every_backend if dense else few_backends)(device)
         if name == "fill" and not args.backends and device.type == "cuda":
             names = [b for b in names if b != "sdpa"]
         plan[name] = {}
         for dtype, condition in made[name]:
-            for n in args.lengths if dense else powers(args.lengths, 2):
+            for n in lengths_of(name, args.lengths):
                 key = dtype, condition._replace(length=n)
                 if key not in seen:
                     seen.add(key)
                     plan[name][key] = [
                         b for b in names
-                        if args.backends or b not in COARSE
-                        or n in powers(args.lengths, COARSE[b])
+                        if args.backends or n in powers(args.lengths, coarse.get(b, 1))
                     ]  # fmt: skip
     return plan
 
@@ -431,7 +446,7 @@ def parser():
     add("--causal", action=argparse.BooleanOptionalAction, default=True, help="the base's mask")
     add("--fills", nargs="+", metavar="BH", type=common.positives,
         help="B·H of the heat map, in whole sequences of --heads heads from there on"
-             " (default: 1,4,16,64,256,1024; CPU: 1,4,8,32)")  # fmt: skip
+             " (default: 1,16,64,256,1024; CPU: 1,4,8,32)")  # fmt: skip
     add("--turns", type=common.positive,
         help="turns of each backend on each clock (default: 9)")  # fmt: skip
     add("--quick", action="store_true", help="four lengths, three slices, fewer turns")

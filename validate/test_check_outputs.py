@@ -439,10 +439,12 @@ def test_ctrl_c_ends_the_processes_and_says_nothing_of_them():
         said, _ = run.communicate(timeout=30)
         assert run.returncode == 130, said
         assert "Traceback" not in said
-        with pytest.raises(ProcessLookupError):  # soon nobody is left in the group
-            for _ in range(100):
+        ended = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):  # soon nobody is left in the group
+            while time.monotonic() - ended < 10:
                 os.killpg(run.pid, 0)
                 time.sleep(0.1)
+        assert time.monotonic() - ended < 10
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)

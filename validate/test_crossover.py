@@ -355,7 +355,7 @@ def test_a_budget_stops_between_cells_in_the_order_of_the_slices(quiet, tmp_path
     assert crossover.main(command) == 0
     done = [(r["slice"], r["N_Q"], r["B"], r["H"], r["causal"]) for r in read(out)]
     assert len(done) == 3 * len(set(done))
-    assert len(set(done)) == 4 * 4 > before  # base, training, B·H = 1, the other mask
+    assert len(set(done)) == 3 * 4 + 2 > before  # base, training, B·H = 1; the other mask at two
 
 
 class Compiling:
@@ -463,8 +463,23 @@ def test_the_plan_is_one_base_and_slices_that_vary_one_thing(monkeypatch):
                 "base": set(), "training": {"direction"}, "fill": {"batch", "heads"},
                 "mask": {"causal"}, "head-dim": {"head_dim"}, "dtype": {"dtype"},
             }[name]  # fmt: skip
-    flex = {c.length for (_, c), names in plan["base"].items() if "flex" in names}
-    assert flex == {16, 64, 256, 1024}
+
+    def lengths(slice_, backend):
+        return sorted(c.length for (_, c), names in plan[slice_].items() if backend in names)
+
+    twos, fours = [2**i for i in range(4, 11)], [16, 64, 256, 1024]
+    assert lengths("base", "flex") == lengths("training", "flex") == fours
+    assert (lengths("base", "naive-compiled"), lengths("training", "naive-compiled")) == (
+        twos,
+        fours,
+    )
+    assert lengths("training", "naive") == lengths("training", "v1_flash") == twos
+    assert lengths("fill", "naive") == sorted(4 * twos)  # B·H = 64 is the base's
+    assert lengths("mask", "naive") == [16, 64, 256, 512, 1024]
+    assert (
+        lengths("head-dim", "naive") == lengths("dtype", "naive") == sorted(2 * fours + [512] * 2)
+    )
+    assert len(keys) == 13 + 7 + 4 * 7 + 5 * 5
     named = crossover.parse(crossover.parser(), ["--device", "cuda", "--backends", "flex", "naive"])
     for part in crossover.plan_of(named).values():
         assert {tuple(names) for names in part.values()} == {("naive", "flex")}
