@@ -7,11 +7,19 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from flashstudy.backends import BACKENDS, why_not
 from flashstudy.bench import common
-from flashstudy.bench.rounds import MATMUL, MATMUL_FLOPS, DeviceLost, GpuTimer, Session
+from flashstudy.bench.rounds import (
+    MATMUL,
+    MATMUL_FLOPS,
+    DeviceLost,
+    GpuTimer,
+    Session,
+    first_call,
+)
 from flashstudy.figures import grid, records
 from tabulate import tabulate
 from tqdm import tqdm
@@ -248,6 +256,15 @@ class Provenance:
             self.read = time.monotonic()
         now = {"utc": common.utc(), "gpu_before": self.before, "gpu_after": self.after}
         return self.about | self.run | now
+
+
+def compilations(args, plan):
+    """What other processes can compile for this plan: [(function, its arguments …)]."""
+    timer = SimpleNamespace(device="cuda")
+    session = Session(
+        plan, timer, common.DTYPES[args.dtype], seconds=None, slot=0.0, rounds=1, seed=args.seed
+    )
+    return [(first_call, *task) for task in session.to_compile()]
 
 
 def missing(args, plan, file, provenance, metric="time_ms"):

@@ -51,6 +51,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from flashstudy.backends import BACKENDS, load, torch_sdpa
@@ -338,6 +339,26 @@ def execute(args, plan, clocks, file, provenance):
         spent, done = spent + time.monotonic() - began, done + len(names)
 
 
+def sessions_of(args, rest, timer):
+    """{dtype: Session} of what is left of the plan."""
+    made = {}
+    for dtype in dict.fromkeys(dtype for dtype, _ in rest):
+        own = {cell: names for (of, cell), names in rest.items() if of == dtype}
+        made[dtype] = Session(
+            own, timer, common.DTYPES[dtype], seconds=None, slot=0.0, rounds=args.turns,
+            seed=args.seed, report=tqdm.write,
+        )  # fmt: skip
+    return made
+
+
+def compilations(argv):
+    """What other processes can compile for these arguments: [(function, its arguments …)]."""
+    args = parse(parser(), argv)
+    whole = {key: names for part in plan_of(args).values() for key, names in part.items()}
+    sessions = sessions_of(args, whole, SimpleNamespace(device="cuda")).values()
+    return [(rounds.first_call, *task) for s in sessions for task in s.to_compile()]
+
+
 def set_up(args, plan, rest, clocks):
     """{dtype: Session}, every backend compiled, verified and called once in every cell.
 
@@ -345,13 +366,7 @@ def set_up(args, plan, rest, clocks):
     meanwhile this one sets up what they cannot help with. Where a budget is short, what comes last
     is left out, first of all what compiles for long.
     """
-    start, sessions = time.monotonic(), {}
-    for dtype in dict.fromkeys(dtype for dtype, _ in rest):
-        own = {cell: names for (of, cell), names in rest.items() if of == dtype}
-        sessions[dtype] = Session(
-            own, clocks.timer, common.DTYPES[dtype], seconds=None, slot=0.0, rounds=args.turns,
-            seed=args.seed, report=tqdm.write,
-        )  # fmt: skip
+    start, sessions = time.monotonic(), sessions_of(args, rest, clocks.timer)
     order = [
         (rounds.helped(backend), rounds.slow(backend), name not in DENSE, backend, dtype, cell)
         for name, part in plan.items()
@@ -371,7 +386,8 @@ def set_up(args, plan, rest, clocks):
         order, desc="set-up", unit="call"
     ):
         if helped and compiling is not None:
-            tqdm.write(f"waiting for {len(compiling.tasks)} compilations in other processes")
+            if found := len(compiling.tasks):
+                tqdm.write(f"waiting for {found} compilations in other processes")
             spare = math.inf
             if args.budget is not None:
                 spare = max(0.0, SETUP_SHARE * args.budget - (time.monotonic() - start))

@@ -52,28 +52,39 @@ def parser():
     return p
 
 
-def plan_of(args, names):
+def plan_of(args):
     return {
         grid.Cell(
             "forward", args.head_dim, False, n, b, args.heads,
             None if args.kv_heads == args.heads else args.kv_heads, None if m == n else m,
-        ): names
+        ): args.backends
         for b in args.batches
         for m in args.queries
         for n in args.lengths
     }  # fmt: skip
 
 
-def main(argv=None, timer=None):
-    p = parser()
+def planned(p, argv):
+    """(arguments, what they ask for): {cell: names}."""
     args = p.parse_args(argv)
     if args.heads % args.kv_heads:
         p.error(f"argument --kv-heads: {args.kv_heads} does not divide --heads {args.heads}")
     chosen = {n for part in args.backends or [[*PEERS, *OURS]] for n in part}
-    names = [n for n in cells.BACKENDS if n in chosen]
+    args.backends = [n for n in cells.BACKENDS if n in chosen]
     for name in ("queries", "lengths", "batches"):
         setattr(args, name, sorted({n for part in getattr(args, name) for n in part}))
-    plan = plan_of(args, names)
+    return args, plan_of(args)
+
+
+def compilations(argv):
+    """What other processes can compile for these arguments."""
+    return cells.compilations(*planned(parser(), argv))
+
+
+def main(argv=None, timer=None):
+    p = parser()
+    args, plan = planned(p, argv)
+    names = args.backends
     rows, ended = cells.measured(args, p, "decode", plan, timer)
     if rows is None:
         return ended

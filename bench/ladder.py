@@ -98,8 +98,8 @@ def measure_small(args, plan, timer, file, provenance, clocks):
         )
 
 
-def main(argv=None, timer=None, clocks=CLOCKS):
-    p = parser()
+def planned(p, argv):
+    """(arguments, what they ask for): {cell: names}."""
     steps = grid.steps()
     args = cells.parse(p, argv, lambda args: [*SMALL_PEERS, *steps] if args.small_calls else steps)
     others = [n for n in args.backends if n not in steps]
@@ -108,7 +108,17 @@ def main(argv=None, timer=None, clocks=CLOCKS):
             f"argument --backends: {others[0]} is no step of the ladder ({', '.join(steps)});"
             " bench/peers.py compares with the others"
         )
-    plan = small_plan(args.backends) if args.small_calls else cells.plan_of(args)
+    return args, small_plan(args.backends) if args.small_calls else cells.plan_of(args)
+
+
+def compilations(argv):
+    """What other processes can compile for these arguments."""
+    return cells.compilations(*planned(parser(), argv))
+
+
+def main(argv=None, timer=None, clocks=CLOCKS):
+    p = parser()
+    args, plan = planned(p, argv)
     work = functools.partial(measure_small, clocks=clocks) if args.small_calls else cells.execute
     rows, ended = cells.measured(args, p, "ladder", plan, timer, work)
     if rows is None:
@@ -124,7 +134,7 @@ def main(argv=None, timer=None, clocks=CLOCKS):
         print("\n".join(grid.ladder_gains(found, args.backends)))
     for line in cells.reasons(found):
         print(line)
-    return cells.exit_code(found, steps)
+    return cells.exit_code(found, grid.steps())
 
 
 if __name__ == "__main__":

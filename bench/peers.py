@@ -52,12 +52,22 @@ def parser():
     return p
 
 
-def main(argv=None, timer=None):
-    p = parser()
+def planned(p, argv):
+    """(arguments, what they ask for): {cell: names}."""
     args = cells.parse(p, argv, lambda args: [*PEERS, *our_best()])
     if args.long:
         args.lengths = list(grid.LONG_LENGTHS)
-    plan = cells.plan_of(args)
+    return args, cells.plan_of(args)
+
+
+def compilations(argv):
+    """What other processes can compile for these arguments."""
+    return cells.compilations(*planned(parser(), argv))
+
+
+def main(argv=None, timer=None):
+    p = parser()
+    args, plan = planned(p, argv)
     rows, ended = cells.measured(args, p, "peers", plan, timer)
     if rows is None:
         return ended

@@ -8,13 +8,12 @@
 Each program writes its own record file under --out and resumes it: the same command again goes on
 where an interrupted one stopped, and measures nothing twice. A program that fails does not keep the
 others from running. Without a GPU the programs that have an answer for a CPU run. The programs are
-given less than a quarter of an hour in all on a GPU; --plan says how much each. That does not do
-for everything in one go: on an H200 with 16 CPU cores seqlen took 140 s for 108 of its 324 cells,
-crossover 44 s for 22 of 96, memory 35 s for all but two of a million tokens (2026-11-27). What
-found no time is named, and the same command again goes on from there.
+given less than a quarter of an hour in all on a GPU; --plan says how much each. What finds no time
+in that is named, and the same command again goes on from there.
 
-What compiles does so in other processes before anything is timed, and what it leaves on disk serves
-the programs that follow; flash-attn-4's own cache is switched on for that.
+What compiles does so first, for all programs at once, in as many processes as there are cores
+(bench/precompile.py), and stays on disk; flash-attn-4's own cache is switched on for that. With
+--only one program nothing comes first: it compiles for itself.
 
 Exit codes: 0 all done, 1 a program failed, measured something wrong, or is left for the next run,
 2 bad arguments, 130 interrupted.
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from flashstudy.bench import common
+from flashstudy.bench import common, rounds
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,67 +36,69 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Part(NamedTuple):
     """One program: its command line (without --out), its record file, what it answers, and the
-    seconds that it has on an H200."""
+    seconds that it has on an H200, of which START go into imports and tables."""
 
     command: str
-    file: str
+    file: str  # "": makes no records
     answers: str
     seconds: int
     cpu: bool = False
 
     def argv(self, folder):
         program, *options = self.command.split()
-        return [sys.executable, str(ROOT / program), *options, "--out", str(folder / self.file)]
+        out = ["--out", str(folder / self.file)] if self.file else []
+        return [sys.executable, str(ROOT / program), *options, *out]
 
 
+START = 8
+COMPILE = "compile"
 MIXED = "naive sdpa sdpa-flash sdpa-cudnn flash-attn flash-attn-4 v1_flash v6_persistent"
 BOTH = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 FAR = "512 1024 2048 4096 8192 16384 32768 65536 131072"
 GRID = "512,1024,2048,4096,8192,16384"
 LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
-# The ladder and the peers carry the claims on the kernels: they have most of the time, for turns
-# so long that the clocks settle.
 PARTS = {
-    "ladder": Part("bench/ladder.py --budget 80", "ladder.jsonl", "what each step gains", 80),
-    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 50),
+    COMPILE: Part("bench/precompile.py", "", "what can be compiled ahead of all others", 110),
+    "ladder": Part("bench/ladder.py --budget 57", "ladder.jsonl", "what each step gains", 65),
+    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 45),
     "peers": Part(
-        "bench/peers.py --budget 175 --limit flex=512,4096,16384@64,128"
+        "bench/peers.py --budget 92 --limit flex=512,4096,16384@64,128"
         f" --limit sdpa-flash={GRID}@256", "peers.jsonl",
-        "our fastest kernels beside the libraries'", 175,
+        "our fastest kernels beside the libraries'", 100,
     ),
     "peers-long": Part(
         f"bench/peers.py --long --head-dims 128 --backends {LONG} --limit flex=32768"
-        " --limit flash-attn=32768 --rounds 2 --budget 58",
-        "peers-long.jsonl", "the same at 32k to 128k tokens", 58,
+        " --limit flash-attn=32768 --rounds 2 --budget 57",
+        "peers-long.jsonl", "the same at 32k to 128k tokens", 65,
     ),
     "seqlen": Part(
-        "bench/seqlen.py --no-charts --budget 120", "seqlen.jsonl", "where flash wins, forward",
-        120, True,
+        "bench/seqlen.py --no-charts --budget 122", "seqlen.jsonl", "where flash wins, forward",
+        130, True,
     ),
     "both": Part(
         f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {FAR}"
-        f" --backends {BOTH} --budget 90",
-        "both.jsonl", "forward and backward of a block, to 128k tokens", 90,
+        f" --backends {BOTH} --limit flex=1024,4096,16384 --budget 70",
+        "both.jsonl", "forward and backward of a block, to 128k tokens", 78,
     ),
     "crossover": Part(
-        "bench/crossover.py --no-charts --budget 90", "crossover.jsonl",
-        "the crossing lengths, on three clocks", 90, True,
+        "bench/crossover.py --no-charts --budget 57", "crossover.jsonl",
+        "the crossing lengths, on three clocks", 65, True,
     ),
     "mixed": Part(
-        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED} --budget 60",
-        "mixed.jsonl", "how much of the advantage is precision", 60,
+        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED} --budget 62",
+        "mixed.jsonl", "how much of the advantage is precision", 70,
     ),
     "roofline": Part(
-        "bench/roofline.py --budget 65", "roofline.jsonl", "why: traffic, rates, ceilings", 65
+        "bench/roofline.py --budget 52", "roofline.jsonl", "why: traffic, rates, ceilings", 60
     ),
     "memory": Part(
-        "bench/memory.py --budget 42", "memory.jsonl", "peak memory to a million tokens", 42
+        "bench/memory.py --budget 38", "memory.jsonl", "peak memory to a million tokens", 46
     ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 25", "small-calls.jsonl", "what a launch costs", 25
+        "bench/ladder.py --small-calls --budget 18", "small-calls.jsonl", "what a launch costs", 26
     ),
     "decode": Part(
-        "bench/decode.py --budget 25", "decode.jsonl", "few queries over many keys", 25
+        "bench/decode.py --budget 20", "decode.jsonl", "few queries over many keys", 28
     ),
 }  # fmt: skip
 
@@ -128,7 +129,7 @@ def planned(names):
 
 
 def lines_in(path):
-    return sum(1 for _ in path.open()) if path.exists() else 0
+    return sum(1 for _ in path.open()) if path.is_file() else 0
 
 
 def main(argv=None):
@@ -136,7 +137,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.seconds is not None and not args.seconds > 0:
         p.error(f"argument --seconds: expected a number above 0, got {args.seconds}")
-    names = [n for n in PARTS if n in (args.only or PARTS)]
+    asked, gpu = args.only or PARTS, torch.cuda.is_available()
+    names = [n for n in PARTS if n in asked or (n == COMPILE and gpu and len(asked) > 1)]
     if args.plan:
         rows = [(PARTS[n].seconds, "python " + PARTS[n].command) for n in names]
         print(tabulate([*rows, (planned(names), "in all")], ["s", "program"], "plain"))
@@ -146,7 +148,6 @@ def main(argv=None):
     except OSError as e:
         p.error(f"argument --out: {e}")
 
-    gpu = torch.cuda.is_available()
     environment = {common.FA4_CACHE: "1"} | os.environ
     began, done = time.monotonic(), []
     for i, name in enumerate(names, start=1):
@@ -161,13 +162,18 @@ def main(argv=None):
             if gpu:
                 times += f", about {planned(names[i - 1 :])} to go"
             print(f"\n==== {i} of {len(names)}, {times}: {name}: {part.answers}\n", flush=True)
+            command = part.argv(args.out)
+            if name == COMPILE:
+                command += [n for n in names if n != COMPILE]
             before = lines_in(args.out / part.file)
             try:
-                code = subprocess.run(part.argv(args.out), cwd=ROOT, env=environment).returncode
+                code = subprocess.run(command, cwd=ROOT, env=environment).returncode
             except KeyboardInterrupt:  # the program had it too and has kept what it measured
                 return 130
             if code == 130:
                 return 130
+            if name == COMPILE and code == 0:
+                environment[rounds.COMPILED] = "1"
             what = "done" if code == 0 else f"exit code {code}"
             new = lines_in(args.out / part.file) - before
             done.append((name, what, new, time.monotonic() - start))

@@ -618,6 +618,12 @@ def parse(p, argv):
     return args
 
 
+def compilations(argv):
+    """What other processes can compile for these arguments."""
+    args = parse(parser(), argv)
+    return cells.compilations(args, plan_of(args))
+
+
 def main(argv=None, timer=None):
     p = parser()
     args = parse(p, argv)

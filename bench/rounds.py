@@ -23,6 +23,7 @@ import gc
 import itertools
 import math
 import multiprocessing
+import operator
 import os
 import random
 import tempfile
@@ -57,6 +58,9 @@ CHOSEN = {
 }
 # And our steps: compiled in one process, found by the next one.
 DISK_CACHED = ("flex", "naive-compiled")
+# Where this is "1" in the environment, all of it is on disk (bench/precompile.py): no process is
+# started to compile.
+COMPILED = "FLASHSTUDY_COMPILED"
 WORKERS = 14  # processes that compile at once, at most
 PATIENCE = 120  # seconds without any of them being done: what is left hangs
 
@@ -174,6 +178,11 @@ def first_call(name, cell, dtype, seed):
     torch.cuda.synchronize()
 
 
+def call(function, *arguments):
+    """Work for a Precompiler whose tasks are of several kinds."""
+    function(*arguments)
+
+
 def begin(mark, work, task):
     open(mark, "x").close()
     work(*task)
@@ -188,6 +197,7 @@ class Precompiler:
 
     def __init__(self, tasks, work=first_call, start="spawn"):
         """tasks: arguments of `work`. start: how processes do; CUDA survives no fork."""
+        tasks = [] if os.environ.get(COMPILED) == "1" else tasks
         workers = max(1, min(WORKERS, len(os.sched_getaffinity(0)) - 2, len(tasks)))
         self.pool = concurrent.futures.ProcessPoolExecutor(
             workers, mp_context=multiprocessing.get_context(start)
@@ -403,7 +413,8 @@ class Session:
         left_out = []
         for name, cell in progress(pairs):
             if compiling is not None and helped(name):
-                self.report(f"waiting for {len(compiling.tasks)} compilations in other processes")
+                if found := len(compiling.tasks):
+                    self.report(f"waiting for {found} compilations in other processes")
                 self.refuse(compiling.wait(seconds=max(0.0, self.set_up_left())))
                 compiling = None
             late = self.set_up_left() < 0
@@ -416,7 +427,8 @@ class Session:
     def floor(self, cell):
         """Seconds that the cell takes with one call a turn, preparing included."""
         runs = [it.cost for (c, _), it in self.ready.items() if c == cell and it.status == "ok"]
-        return (self.rounds + 2) * sum(runs) + 0.01 * len(runs)
+        calls = (self.rounds + (1 if run >= common.LONG else 2) for run in runs)  # see prepare
+        return sum(map(operator.mul, calls, runs)) + 0.01 * len(runs)
 
     def measure(self, cell, seconds):
         """The contenders of a cell after their turns, which take about `seconds`."""

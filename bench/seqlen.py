@@ -331,9 +331,10 @@ class Bench:
         tasks = to_compile(cells, self.memory) if self.device.type == "cuda" else []
         if len(tasks) < FEW_TASKS:
             return
-        print(f"compiling {len(tasks)} kernels in other processes …", flush=True)
         tasks = [(some, self.device.index, self.seed) for some in tasks]
         self.compiling = rounds.Precompiler(tasks, first_calls)
+        if found := len(self.compiling.tasks):
+            print(f"compiling {found} kernels in other processes …", flush=True)
 
     def wait(self, seconds=math.inf):
         """Until the other processes are done, or so long; what hangs there is not called here."""
@@ -545,6 +546,7 @@ def plan(args):
     """
     scopes = ("block", "attention") if args.scope == "both" else (args.scope,)
     directions = ("forward", "backward") if args.direction == "both" else (args.direction,)
+    only = {name: lengths for name, lengths, _ in args.limit}
     groups = []
     for n in args.lengths:
         for scope in scopes:
@@ -555,6 +557,7 @@ def plan(args):
                         args.heads, args.kv_heads, n,
                     )
                     for name in args.backends
+                    if n in only.get(name, (n,))
                     for dtype in precisions(name, args)
                 ]  # fmt: skip
                 groups.append(group)
@@ -832,7 +835,8 @@ def show(found, charts):
             print(f"{where}, {pair.wide.direction}, with mixed precision. " + " ".join(said) + "\n")
 
 
-def parse(argv):
+def arguments(argv):
+    """(arguments, parser)."""
     parser = argparse.ArgumentParser(
         prog="seqlen.py",
         description=__doc__,
@@ -862,6 +866,8 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
     add("--lengths", nargs="+", type=common.positives, metavar="N",
         help="sequence lengths (default: powers of two from 128 to 4096 on a CPU, to 8192, 16384 or"
              " 32768 on a GPU, by its memory)")  # fmt: skip
+    add("--limit", type=grid_cells.limit, action="append", default=[], metavar="NAME=N,…",
+        help="this backend at these lengths only; may be repeated")  # fmt: skip
     add(
         "--batch",
         type=common.positive,
@@ -934,10 +940,24 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
     if args.out is None:
         study = "seqlen" + "-mixed" * (args.protocol == "mixed")
         args.out = common.result_file(study, args.device)
+    return args, parser
+
+
+def parse(argv):
+    """(arguments, record file)."""
+    args, parser = arguments(argv)
     store = common.open_records(args.out, parser)
     if args.charts is None:
         args.charts = args.out.with_name(args.out.stem + "-charts" * (not args.out.suffix))
     return args, store
+
+
+def compilations(argv):
+    """What other processes can compile for these arguments: [(function, its arguments …)]."""
+    args, _ = arguments(argv)
+    cells = [c for g in plan(args) for c in g if reason_against(c, args.device) is None]
+    tasks = to_compile(cells, common.memory_bytes(args.device))
+    return [(first_calls, some, args.device.index, args.seed) for some in tasks]
 
 
 def main(argv=None):

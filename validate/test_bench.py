@@ -105,6 +105,15 @@ def test_a_run_records_every_cell_and_the_same_command_measures_nothing(tmp_path
     assert out.read_bytes() == before
 
 
+def test_a_backend_may_be_limited_to_some_lengths(tmp_path, counted):
+    out = tmp_path / "r.jsonl"
+    command = [*TWO, "--scope", "block", "--limit", "naive=32", "--out", str(out)]
+    assert seqlen.main(command) == 0
+    assert {(b, n) for b, _, _, n in cells_of(out)} == {
+        ("naive", 32), ("sdpa-flash", 16), ("sdpa-flash", 32),
+    }  # fmt: skip
+
+
 def test_more_lengths_measure_only_what_is_new(tmp_path, counted):
     out = tmp_path / "r.jsonl"
     block = [*TINY, "--backends", "naive", "--scope", "block", "--out", str(out)]
@@ -209,6 +218,7 @@ def test_ctrl_c_loses_no_record_and_the_same_command_goes_on(tmp_path):
         (["--lengths", "-5"], "--lengths: expected a whole number from 1 up, got '-5'"),
         (["--lengths", "0"], "--lengths: expected a whole number from 1 up, got '0'"),
         (["--lengths", "128,x"], "--lengths: expected a whole number from 1 up, got 'x'"),
+        (["--limit", "nave=8"], "--limit: no backend 'nave'"),
         (["--batch", "0"], "--batch: expected a whole number from 1 up, got '0'"),
         (["--embed", "100", "--heads", "3"], "--heads: 3 does not divide --embed 100"),
         (["--heads", "4", "--kv-heads", "3"], "--kv-heads: 3 does not divide --heads 4"),
@@ -557,6 +567,7 @@ def test_backends_are_checked_while_other_processes_compile(tmp_path, monkeypatc
     class Compiling:
         def __init__(self, tasks, work):
             assert work is seqlen.first_calls
+            self.tasks = tasks
             log.append("begin")
 
         def wait(self, seconds):

@@ -4,10 +4,14 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from flashstudy.bench import reference
+from flashstudy import backends
+from flashstudy.backends import BACKENDS
+from flashstudy.bench import peers, precompile, reference, seqlen
 from flashstudy.figures import all as everything
 from flashstudy.figures import table
 
@@ -16,17 +20,27 @@ import os, sys
 from pathlib import Path
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 with out.open("a") as f:
-    line = '{"cache": "%s"}\\n' % os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"]
-    f.write(line * int(sys.argv[1]))
+    names = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASHSTUDY_COMPILED"
+    f.write('["%s", "%s"]\\n' % tuple(map(os.environ.get, names)) * int(sys.argv[1]))
 sys.exit(int(sys.argv[2]))
+"""
+
+
+COMPILE = """
+import sys
+from pathlib import Path
+(Path(__file__).parent / "compiled").write_text(" ".join(sys.argv[1:]))
+sys.exit(int((Path(__file__).parent / "code").read_text()))
 """
 
 
 @pytest.fixture
 def parts(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "compile.py").write_text(COMPILE)
     monkeypatch.setattr(reference, "ROOT", tmp_path)
     made = {
+        reference.COMPILE: reference.Part("compile.py", "", "what compiles", 1),
         "good": reference.Part("program.py 3 0", "good.jsonl", "is it good", 1, cpu=True),
         "bad": reference.Part("program.py 2 1", "bad.jsonl", "is it bad", 2, cpu=True),
         "last": reference.Part("program.py 1 0", "good.jsonl", "does it go on", 1, cpu=True),
@@ -40,7 +54,7 @@ def parts(tmp_path, monkeypatch):
 def test_every_program_runs_and_a_failing_one_keeps_none_from_it(parts, capsys):
     out = parts / "records"
     assert reference.main(["--out", str(out)]) == 1
-    assert (out / "good.jsonl").read_text() == '{"cache": "1"}\n' * 4
+    assert (out / "good.jsonl").read_text() == '["1", "None"]\n' * 4
     assert len((out / "bad.jsonl").read_text().splitlines()) == 2
     assert not (out / "gpu.jsonl").exists()
     text = capsys.readouterr().out
@@ -59,9 +73,27 @@ def test_nothing_begins_after_its_time(parts, capsys):
 def test_on_a_gpu_nothing_begins_that_would_not_end_in_time(parts, monkeypatch, capsys):
     monkeypatch.setattr(reference.torch.cuda, "is_available", lambda: True)
     out = parts / "records"
+    (parts / "code").write_text("0")
     assert reference.main(["--seconds", "4.9", "--only", "good", "gpu", "--out", str(out)]) == 1
     assert [path.name for path in out.iterdir()] == ["good.jsonl"]
-    assert "1 of 2, 0 s gone, about 6 to go: good" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 3, 0 s gone, about 7 to go: compile" in said
+    assert "2 of 3" in said
+
+
+@pytest.mark.parametrize(("code", "told"), [("0", "1"), ("1", "None")])
+def test_on_a_gpu_what_compiles_comes_first_and_once(parts, monkeypatch, code, told):
+    monkeypatch.setattr(reference.torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv(reference.rounds.COMPILED, raising=False)
+    (parts / "code").write_text(code)
+    out = parts / "records"
+    assert reference.main(["--only", "good", "last", "--out", str(out)]) == int(code)
+    assert (parts / "compiled").read_text() == "good last"
+    # Where something hung, the programs look for themselves.
+    assert (out / "good.jsonl").read_text() == f'["1", "{told}"]\n' * 4
+    (parts / "compiled").unlink()
+    assert reference.main(["--only", "good", "--out", str(out)]) == 0
+    assert not (parts / "compiled").exists()  # one program compiles for itself
 
 
 def test_all_of_it_takes_less_than_a_quarter_of_an_hour():
@@ -69,7 +101,8 @@ def test_all_of_it_takes_less_than_a_quarter_of_an_hour():
     for part in reference.PARTS.values():
         options = part.command.split()
         if "--budget" in options:
-            assert options[options.index("--budget") + 1] == str(part.seconds)
+            budget = int(options[options.index("--budget") + 1])
+            assert budget + reference.START <= part.seconds
 
 
 @pytest.mark.parametrize(
@@ -83,7 +116,7 @@ def test_bad_arguments(parts, arguments, named, capsys):
     assert f"argument {named}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", reference.PARTS)
+@pytest.mark.parametrize("name", [n for n, part in reference.PARTS.items() if part.file])
 def test_the_programs_take_these_arguments(name, tmp_path, capsys):
     """Each command line is accepted: the programs stop at an --out that is a folder, or before."""
     program, *options = reference.PARTS[name].argv(tmp_path)[1:]
@@ -132,3 +165,107 @@ def test_it_says_what_it_would_run():
         "in",
         "all",
     ]
+
+
+def as_on_an_h200(monkeypatch):
+    """What the programs ask of a GPU before they plan."""
+    for name, found in (
+        ("is_available", True), ("device_count", 1), ("get_device_capability", (9, 0)),
+        ("get_device_name", "NVIDIA H200"),
+    ):  # fmt: skip
+        monkeypatch.setattr(reference.torch.cuda, name, lambda *_, found=found: found)
+    monkeypatch.setattr(reference.common, "memory_bytes", lambda device: 140 * 2**30)
+    monkeypatch.setenv(reference.common.FA4_CACHE, "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def why_not(name, device="cuda", dtype=None, backward=False):
+        row = BACKENDS[name]
+        able = dtype in (None, *row.dtypes) and (row.backward or not backward)
+        return None if able else "not so"
+
+    monkeypatch.setattr(backends, "why_not", why_not)
+    monkeypatch.setattr(reference.rounds, "why_not", why_not)
+
+
+def test_every_program_that_compiles_is_compiled_for_once(monkeypatch):
+    """Exactly what each would compile for itself, a task of several once."""
+    as_on_an_h200(monkeypatch)
+    names = [name for name, part in reference.PARTS.items() if part.file]
+    of = {name: precompile.collect([name]) for name in names}
+    whole = precompile.collect(names)
+    assert len(whole) == len(set(whole))
+    assert set(whole) == {task for tasks in of.values() for task in tasks}
+    assert len(whole) < sum(map(len, of.values()))  # ladder and peers share some
+    assert {name for name, tasks in of.items() if not tasks} == {"train", "memory"}
+
+    # The programs' own lists, from where they start processes.
+    started = []
+
+    class Started(Exception):
+        pass
+
+    def start(tasks, work=reference.rounds.first_call):
+        started.append({(work, *task) for task in tasks})
+        raise Started
+
+    monkeypatch.setattr(reference.rounds, "Precompiler", start)
+    args, _ = seqlen.arguments(reference.PARTS["seqlen"].command.split()[1:])
+    cells = [cell for group in seqlen.plan(args) for cell in group]
+    with pytest.raises(Started):
+        seqlen.Bench(args.device, seqlen.EFFORTS["cuda", "full"], args.seed).precompile(cells)
+    args, plan = peers.planned(peers.parser(), reference.PARTS["peers"].command.split()[1:])
+    session = reference.rounds.Session(
+        plan, SimpleNamespace(device="cuda"), reference.common.DTYPES[args.dtype], seconds=9,
+        slot=0.1, rounds=3, seed=args.seed,
+    )  # fmt: skip
+    with pytest.raises(Started):
+        session.set_up_all(lambda pairs: pairs)
+    assert started == [set(of["seqlen"]), set(of["peers"])]
+
+
+def test_where_all_is_compiled_no_process_starts(monkeypatch):
+    monkeypatch.setenv(reference.rounds.COMPILED, "1")
+    compiling = reference.rounds.Precompiler([(1,), (2,)], start="fork")
+    assert not compiling.tasks
+    assert compiling.done
+    assert compiling.wait() == []
+
+
+def kept(path, text):
+    with open(path, "a") as f:
+        f.write(text)
+
+
+def hang(path):
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("work", [kept, hang])
+def test_the_program_that_compiles_says_what_hangs(tmp_path, monkeypatch, capfd, work):
+    monkeypatch.setattr(precompile.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(reference.common.FA4_CACHE, "0")  # and after the test what it was
+    tasks = [
+        (kept, str(tmp_path / "a"), "x"),
+        (work, *((tmp_path / "b",) + ("y",) * (work is kept))),
+    ]
+    monkeypatch.setattr(precompile, "collect", lambda names: tasks)
+    start = reference.rounds.Precompiler
+    monkeypatch.setattr(
+        reference.rounds, "Precompiler", lambda tasks, work: start(tasks, work, start="fork")
+    )
+    wait = start.wait
+    monkeypatch.setattr(start, "wait", lambda self: wait(self, patience=1.5))
+    assert precompile.main(["seqlen"]) == (work is hang)
+    assert (tmp_path / "a").read_text() == "x"
+    said = capfd.readouterr().out
+    assert "2 compilations" in said
+    assert ("did not return" in said) == (work is hang)
+
+
+def test_it_compiles_for_a_gpu_alone(monkeypatch, capsys):
+    monkeypatch.setattr(precompile.torch.cuda, "is_available", lambda: False)
+    assert precompile.main([]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        precompile.main(["nope"])
+    assert stop.value.code == 2
