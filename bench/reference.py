@@ -58,9 +58,9 @@ FAR = "512 1024 2048 4096 8192 16384 32768 65536 131072"
 GRID = "512,1024,2048,4096,8192,16384"
 LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 PARTS = {
-    COMPILE: Part("bench/precompile.py", "", "what can be compiled ahead of all others", 110),
-    "ladder": Part("bench/ladder.py --budget 57", "ladder.jsonl", "what each step gains", 65),
-    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 45),
+    COMPILE: Part("bench/precompile.py", "", "what can be compiled ahead of all others", 100),
+    "ladder": Part("bench/ladder.py --budget 52", "ladder.jsonl", "what each step gains", 60),
+    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 50),
     "peers": Part(
         "bench/peers.py --budget 92 --limit flex=512,4096,16384@64,128"
         f" --limit sdpa-flash={GRID}@256", "peers.jsonl",
@@ -72,33 +72,34 @@ PARTS = {
         "peers-long.jsonl", "the same at 32k to 128k tokens", 65,
     ),
     "seqlen": Part(
-        "bench/seqlen.py --no-charts --budget 122", "seqlen.jsonl", "where flash wins, forward",
-        130, True,
+        "bench/seqlen.py --no-charts --budget 130", "seqlen.jsonl", "where flash wins, forward",
+        138, True,
     ),
     "both": Part(
         f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {FAR}"
-        f" --backends {BOTH} --limit flex=1024,4096,16384 --budget 70",
-        "both.jsonl", "forward and backward of a block, to 128k tokens", 78,
+        f" --backends {BOTH} --limit flex=1024,4096,16384 --budget 66",
+        "both.jsonl", "forward and backward of a block, to 128k tokens", 74,
     ),
     "crossover": Part(
-        "bench/crossover.py --no-charts --budget 57", "crossover.jsonl",
-        "the crossing lengths, on three clocks", 65, True,
+        "bench/crossover.py --no-charts --budget 52", "crossover.jsonl",
+        "the crossing lengths, on three clocks", 60, True,
     ),
     "mixed": Part(
-        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED} --budget 62",
-        "mixed.jsonl", "how much of the advantage is precision", 70,
+        f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED}"
+        " --lengths 128 512 2048 8192 16384 32768 --budget 66",
+        "mixed.jsonl", "how much of the advantage is precision", 74,
     ),
     "roofline": Part(
         "bench/roofline.py --budget 52", "roofline.jsonl", "why: traffic, rates, ceilings", 60
     ),
     "memory": Part(
-        "bench/memory.py --budget 38", "memory.jsonl", "peak memory to a million tokens", 46
+        "bench/memory.py --budget 47", "memory.jsonl", "peak memory to a million tokens", 55
     ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 18", "small-calls.jsonl", "what a launch costs", 26
+        "bench/ladder.py --small-calls --budget 15", "small-calls.jsonl", "what a launch costs", 23
     ),
     "decode": Part(
-        "bench/decode.py --budget 20", "decode.jsonl", "few queries over many keys", 28
+        "bench/decode.py --budget 17", "decode.jsonl", "few queries over many keys", 25
     ),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend
 MATMUL, MATMUL_SIZE = grid.MATMUL, 8192  # the machine's ceiling takes turns like a backend
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 VERIFY_LENGTH = 4096  # sweeps that begin longer than this are verified at it
-SETUP_SHARE = 0.5  # of a budget
+SETUP_SHARE = 0.6  # of a budget
 MOST_CALLS = 200  # of one backend in one turn
 DRAWS = 100  # orders of a round to choose from
 LEAD_S = 0.05  # seconds at the start of a turn that do not count, at most half of it

@@ -58,6 +58,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DTYPE_NAMES = {d: n for n, d in DTYPES.items()}
 CASE_SECONDS = {"cuda": 240, "cpu": 120}  # a case that takes longer hangs (compilation included)
 WIDEST_TILE = 256  # queries, of any kernel
+COMMON_HEAD_DIM = 64  # that three of four cases have
 HEAVY_JOBS = 3  # heavy cases take up to 20 GiB each
 
 
@@ -412,8 +413,8 @@ def _effort(part):
     """Roughly the seconds a list of tasks takes: compilations first of all."""
     name = part[0][0]
     if name in cases.CORE_ONLY:
-        return 100 * len(part)  # first of all: a list of one such case can outlast the rest
-    builds = len({(c.d, c.causal) for _, c, _ in part})
+        return 15 * len(part)
+    builds = len({(n, c.d, c.causal) for n, c, _ in part})
     return (1 if BACKENDS[name].target.startswith("kernels.") else 0.1) * builds + len(part) / 20
 
 
@@ -662,8 +663,9 @@ def plan(args):
     """(work, skipped, notes): lists of (name, case, dtype) to judge in one process, and the reasons
     for what does not run or runs on fewer cases.
 
-    On a GPU such a list shares compilations, as few as there are: they take the most time. What
-    compiles nothing shares references, which depend on the case alone.
+    On a GPU such a list shares a kernel's compilations for a head dim, which take the most time.
+    What compiles nothing shares references, which depend on the case alone, and so do the kernels
+    where most of the cases are.
     """
     parts, skipped, notes = defaultdict(list), [], []
     for name in args.backends or BACKENDS:
@@ -683,6 +685,8 @@ def plan(args):
                     key = name, dtype, c
                 elif args.device == "cuda" and row.target.startswith("kernels."):
                     key = name, dtype, c.grad, c.d
+                    if c.d == COMMON_HEAD_DIM:
+                        key = dtype, c.grad, c.causal
                 elif args.device == "cuda":
                     key = dtype, c.grad, c.family
                 parts[key].append((name, c, dtype))
