@@ -56,6 +56,8 @@ def main(argv=None):
         return 130
     for _, *what in hung:
         print(f"did not return within {rounds.PATIENCE} s: {what}")
+    for (_, *what), error in compiling.failed:
+        print(f"{rounds.failure(error)[1]}: {what}")
     print(f"took {time.monotonic() - start:.0f} s")
     return int(bool(hung))
 

@@ -212,6 +212,12 @@ class Precompiler:
     def done(self):
         return all(future.done() for future in self.tasks)
 
+    @property
+    def failed(self):
+        """[(task, exception)] so far."""
+        ended = [future for future in self.tasks if future.done() and not future.cancelled()]
+        return [(self.tasks[f][1], f.exception()) for f in ended if f.exception() is not None]
+
     def wait(self, patience=PATIENCE, seconds=math.inf):
         """Until all is done, or nothing more gets done, or so many seconds have passed.
 
