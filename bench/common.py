@@ -335,8 +335,9 @@ def samples(fn, device, seconds, least, most):
     """Milliseconds of single calls of fn: about `seconds` of them, from `least` to `most`."""
     if device.type == "cpu":
         return _cpu_samples(fn, seconds, least, most)
-    fn()
-    done, launched = cost(fn)
+    done, launched = once(fn)
+    if done < LONG:  # else that was warm-up enough
+        done, launched = cost(fn)
     for _ in range(min(20, int(5e-3 / done))):  # 5 ms of warm-up, the clocks rise
         fn()
     idle = idle_before([(done, launched)])

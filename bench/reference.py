@@ -59,7 +59,7 @@ GRID = "512,1024,2048,4096,8192,16384"
 LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 PARTS = {
     COMPILE: Part("bench/precompile.py", "", "what can be compiled ahead of all others", 100),
-    "ladder": Part("bench/ladder.py --budget 52", "ladder.jsonl", "what each step gains", 60),
+    "ladder": Part("bench/ladder.py --budget 50", "ladder.jsonl", "what each step gains", 58),
     "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 50),
     "peers": Part(
         "bench/peers.py --budget 92 --limit flex=512,4096,16384@64,128"
@@ -77,23 +77,23 @@ PARTS = {
     ),
     "both": Part(
         f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {FAR}"
-        f" --backends {BOTH} --limit flex=1024,4096,16384 --budget 66",
-        "both.jsonl", "forward and backward of a block, to 128k tokens", 74,
+        f" --backends {BOTH} --limit flex=1024,4096,16384 --budget 76",
+        "both.jsonl", "forward and backward of a block, to 128k tokens", 84,
     ),
     "crossover": Part(
-        "bench/crossover.py --no-charts --budget 52", "crossover.jsonl",
-        "the crossing lengths, on three clocks", 60, True,
+        "bench/crossover.py --no-charts --budget 58", "crossover.jsonl",
+        "the crossing lengths, on three clocks", 66, True,
     ),
     "mixed": Part(
         f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED}"
-        " --lengths 128 512 2048 8192 16384 32768 --budget 66",
-        "mixed.jsonl", "how much of the advantage is precision", 74,
+        " --lengths 128 512 2048 8192 32768 --budget 58",
+        "mixed.jsonl", "how much of the advantage is precision", 66,
     ),
     "roofline": Part(
         "bench/roofline.py --budget 52", "roofline.jsonl", "why: traffic, rates, ceilings", 60
     ),
     "memory": Part(
-        "bench/memory.py --budget 47", "memory.jsonl", "peak memory to a million tokens", 55
+        "bench/memory.py --budget 46", "memory.jsonl", "peak memory to a million tokens", 54
     ),
     "small-calls": Part(
         "bench/ladder.py --small-calls --budget 15", "small-calls.jsonl", "what a launch costs", 23

@@ -44,7 +44,7 @@ UNITS = {
 }  # fmt: skip
 SHARE = 1 / 4  # of the memory: what a process may keep for the next cell, or take to compile
 COMPILE_SHARE = 0.4  # of a budget
-CALLS, CELL_SECONDS = 14, 0.15  # of a cell, where a budget has to be kept
+CALLS, CELL_SECONDS = 13, 0.2  # of a cell, where a budget has to be kept
 FEW_TASKS = 4  # that are compiled where they are needed: starting processes takes seconds
 SUMS_DQ = ("v7_hopper_backward",)  # dQ is added up in fp32, in memory
 INTERPRETED = "Triton kernels need a CUDA GPU; interpreted ones are never timed beside real ones"
@@ -598,7 +598,7 @@ def takes(group, memory):
             return 0.0
         stored = backends.BACKENDS[cell.backend].family == "standard"
         wide = common.PRECISIONS[cell.dtype] == torch.float32
-        return CALLS * cell.flops() / (40e12 if stored or wide else 300e12)
+        return CALLS * cell.flops() / (40e12 if stored or wide else 400e12)
 
     return sum(calls(c) + CELL_SECONDS for c in group)
 

@@ -625,13 +625,13 @@ def test_long_lengths_take_longer():
         for name in ("naive", "flash-attn")
     ]
     memory, flops = 10**12, 4 * 4 * 16 * 32768**2 * 128 / 2
-    assert seqlen.takes(cells[1:], memory) == pytest.approx(14 * flops / 300e12 + 0.15)
+    assert seqlen.takes(cells[1:], memory) == pytest.approx(13 * flops / 400e12 + 0.2)
     assert seqlen.takes(cells[:1], memory) > 5 * seqlen.takes(cells[1:], memory)
-    assert seqlen.takes([c._replace(N=128) for c in cells], memory) < 0.4
+    assert seqlen.takes([c._replace(N=128) for c in cells], memory) < 0.5
     wide = seqlen.takes([c._replace(dtype="float32") for c in cells[1:]], memory)
     assert wide > 5 * seqlen.takes(cells[1:], memory)
     # What does not fit is over at once.
-    assert seqlen.takes(cells[:1], 140 * GIB) == pytest.approx(0.15)
+    assert seqlen.takes(cells[:1], 140 * GIB) == pytest.approx(0.2)
     compiled = cells[0]._replace(backend="naive-compiled")
-    assert seqlen.takes([compiled], 140 * GIB) == pytest.approx(0.15)
+    assert seqlen.takes([compiled], 140 * GIB) == pytest.approx(0.2)
     assert seqlen.takes([compiled], 300 * GIB) > 5

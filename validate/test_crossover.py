@@ -519,7 +519,7 @@ def test_the_gpu_is_idle_until_a_slow_host_is_done_and_only_then():
 def test_samples_of_the_main_job_idle_like_the_rounds(monkeypatch):
     """One function for all: flush, idle for one and a half launches, event, call, event."""
     seen = {}
-    monkeypatch.setattr(common, "once", None)
+    monkeypatch.setattr(common, "once", lambda fn: (5e-4, 4e-4))
     monkeypatch.setattr(common, "cost", lambda fn: (1e-4, 8e-5))
     monkeypatch.setattr(common, "flush_buffer", lambda device: "flush")
 
@@ -532,6 +532,11 @@ def test_samples_of_the_main_job_idle_like_the_rounds(monkeypatch):
     assert common.samples(lambda: None, device, 0.15, 5, 50) == [1.0] * 50
     assert seen == {"calls": 50, "flush": "flush", "idle": pytest.approx(1.2e-4)}
     assert len(common.samples(lambda: None, device, 1e-6, 5, 50)) == 5
+    # A call that takes long is neither warmed up again nor made more often than twice.
+    monkeypatch.setattr(common, "once", lambda fn: (0.4, 1e-4))
+    monkeypatch.setattr(common, "cost", None)
+    assert len(common.samples(lambda: None, device, 0.15, 5, 50)) == 2
+    assert seen["idle"] == 0.0
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch):
