@@ -17,6 +17,7 @@ from flashstudy.figures import grid, records
 
 STUDY = "validate"
 OUT = Path(__file__).resolve().parent / "reference" / "validate.jsonl"
+DTYPES = ("fp16", "bf16", "fp32")
 STATUSES = ("ok", "fail", "crash", "refused")
 
 
@@ -28,6 +29,7 @@ def counted(lines):
         raise records.RecordError(
             "expected the --json file of one run of validate/check_outputs.py"
         )
+    judged.sort(key=place)  # they stand in the order in which processes finished them
     about, rows = {"study": STUDY} | abouts[0], []
     for name in dict.fromkeys(r["backend"] for r in judged):
         for dtype in dict.fromkeys(r["dtype"] for r in judged if r["backend"] == name):
@@ -49,6 +51,16 @@ def counted(lines):
             "cases": len(mine), "case": mine[0]["case"],
         })  # fmt: skip
     return rows
+
+
+def place(line):
+    """Where a judged case stands among all: by backend, dtype and name."""
+    backends, dtypes = list(records.table()), list(DTYPES)
+    name, dtype = line["backend"], line["dtype"]
+    return (
+        backends.index(name) if name in backends else len(backends), name,
+        dtypes.index(dtype) if dtype in dtypes else len(dtypes), dtype, line["case"],
+    )  # fmt: skip
 
 
 def message(reason):

@@ -138,11 +138,17 @@ def test_the_validator_s_counts_are_kept_and_shown(tmp_path, monkeypatch, capsys
     assert "| v1 flash | bf16 | 2 | 0 | 0 | 0 | 0.90 |" in text
     assert "| flash-attn 2 | bf16 | 0 | 0 | 1 | 1 | – |" in text
     assert (
-        "- SDPA cuDNN, bf16, fp16: 2 cases wrong: o: … values are not finite (such as N_Q=0)"
+        "- SDPA cuDNN, fp16, bf16: 2 cases wrong: o: … values are not finite (such as N_Q=0)"
         in text
     )
     assert "- flash-attn 2, bf16: 1 case crashed: AcceleratorError: CUDA error: misaligned" in text
     assert "GPU; torch 2.11, Triton 3.6.0; 2026-01-02" in text
+    names = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")]
+    assert names[2:] == [
+        ["| SDPA cuDNN", "fp16"], ["| SDPA cuDNN", "bf16"], ["| flash-attn 2", "bf16"],
+        ["| v1 flash", "bf16"], ["| v1 flash", "fp32"],
+    ]  # fmt: skip
+    assert validated.counted(lines[::-1]) == validated.counted(lines)  # whoever was done first
     path.write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(SystemExit) as stop:
         validated.main([str(path)])
