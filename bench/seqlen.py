@@ -346,14 +346,14 @@ class Bench:
             reason = f"at N = {cell.N} it did not return within {rounds.PATIENCE} s"
             self.verdicts[cell.backend, cell.dtype, cell.direction] = "failed", reason
 
-    def verify(self, cells, helped):
+    def verify(self, cells, helped=None):
         """Judge each backend against the fp64 reference at the sweep's smallest length.
 
-        helped: those for which other processes compile, or the others.
+        helped: only those for which other processes compile, or only the others.
         """
         n, by_case = min(512, min(c.N for c in cells)), {}
         for c in cells:
-            if rounds.helped(c.backend) == helped:
+            if helped in (None, rounds.helped(c.backend)):
                 by_case.setdefault((c.dtype, c.direction), {}).setdefault(c.backend, c)
         for (dtype, direction), some in by_case.items():
             c = next(iter(some.values()))
