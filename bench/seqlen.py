@@ -485,6 +485,8 @@ def rows(cell, result, shared):
     base = {"study": "seqlen"} | cell.fields(shared) | {"sdpa_kernel": result.kernel}
     base["utc"] = common.utc()
     predicted, floor = predict(cell, result.kernel)
+    if result.status == "oom":
+        predicted = predicted or tuning_bytes(cell) or None
     base["predicted_mib"] = None if predicted is None else predicted / common.MIB
     base["floor_mib"] = None if floor is None else floor / common.MIB
 

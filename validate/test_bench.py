@@ -551,6 +551,9 @@ def test_compiled_naive_is_not_tried_where_its_scores_do_not_fit_twice(monkeypat
     assert (result.status, called) == ("oom", [])
     assert result.reason.startswith("needs 256 GiB of 140 GiB")
     assert "not tried" in result.reason
+    (row,) = seqlen.rows(cell, result, {})
+    assert (row["status"], row["predicted_mib"]) == ("oom", 256 * 1024)
+    assert seqlen.rows(cell, seqlen.Result("failed"), {})[0]["predicted_mib"] is None
     assert seqlen.tuning_bytes(cell._replace(N=16384)) == 64 * GIB
     assert seqlen.tuning_bytes(cell._replace(dtype="float32", N=16384)) == 128 * GIB
     assert seqlen.tuning_bytes(cell._replace(backend="naive")) == 0
