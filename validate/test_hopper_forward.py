@@ -139,7 +139,15 @@ class TestMachineCode:
             assert not positions(loop, "STL")
             assert len(positions(loop, "WARPGROUP.ARRIVE")) == 2
             exps = positions(loop, "MUFU.EX2")
-            assert len(exps) == (64 if d == 256 else 128) // 2 + 2  # of p, and two of alpha
+            online = (64 if d == 256 else 128) // 2 + 2  # of p, and two of alpha
+            if step[:2] == "v6":  # p comes first, all the rest only where the vote says so
+                (vote,) = positions(loop, "VOTE")
+                assert len([i for i in exps if i < vote]) == online - 2
+                assert len([i for i in exps if i > vote]) == online
+                for rest in ("FMNMX", "FMUL", "SHFL"):
+                    assert vote < min(positions(loop, rest))
+            else:
+                assert len(exps) == online
             products = positions(loop, "HGMMA")
             one, zero = (positions(loop, "WARPGROUP.DEPBAR", f"gsb0, 0x{n}") for n in (1, 0))
             if step[:2] == "v4":
