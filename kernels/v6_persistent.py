@@ -70,13 +70,14 @@ Without, there are 456 instructions: 68 for the maximum and 66 to rescale O and 
 and two shuffles had to wait before the first exponential. S stays in its registers until the
 question is answered.
 
-The result is as good. Where no lane's sum is above 2¹⁵, no P is; fp16 ends at 65,504. Floating-point
-numbers are as precise up to 2¹⁵ as up to 1, and O, l and lse = log(2^m · l) go with any m. As m is
-a maximum of the row, only not always the latest, l is at least 1. The first tile of a row takes its
-maximum, and so does a row that has seen no key: m is -inf there, and P inf or NaN. FlashAttention-4
-(on Blackwell, `rescale_threshold` in its softmax.py) takes the maximum and leaves O as it is until
-that has grown by 2⁸; FlashDecoding++ (arXiv 2311.01282) takes one number for all rows and repeats
-what overflows. A warp decides alone: no other waits for it before the next product.
+The result is as good. Where no lane's sum is above 2¹⁵, no P is; fp16 ends at 65,504. Numbers in
+floating point are as precise up to 2¹⁵ as up to 1, and O, l and lse = log(2^m · l) go with any m.
+As m is a maximum of the row, only not always the latest, l is at least 1. The first tile of a row
+takes its maximum, and so does a row that has seen no key: m is -inf there, and P inf or NaN.
+FlashAttention-4 (on Blackwell, `rescale_threshold` in its softmax.py) takes the maximum and leaves
+O as it is until that has grown by 2⁸; FlashDecoding++ (arXiv 2311.01282) takes one number for all
+rows and repeats what overflows. A warp decides alone: no other waits for it before the next
+product.
 
 Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 - Every counter of a ring (i over tiles of keys, turn over tiles of queries) runs on over all tiles
