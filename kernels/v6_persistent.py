@@ -61,7 +61,7 @@ of the tiles so far nearly always does for the next tile too. So a step works wi
 asks afterwards; the sums that it asks for are needed anyway:
 
     P = exp2(scale · S - m)     sums of P: each lane its part of a row
-    has a lane of this warp a sum above 2¹⁵, or NaN?
+    has a lane of this warp a sum above 2¹⁵ (fp16) or 2⁴⁰ (bf16), or NaN?
         no     l += sums                               318 instructions in all at D=128, with wgmma
         yes    m, alpha, P, l, O as in `v5_pingpong`
 
@@ -70,14 +70,14 @@ Without, there are 456 instructions: 68 for the maximum and 66 to rescale O and 
 and two shuffles had to wait before the first exponential. S stays in its registers until the
 question is answered.
 
-The result is as good. Where no lane's sum is above 2¹⁵, no P is; fp16 ends at 65,504. Numbers in
-floating point are as precise up to 2¹⁵ as up to 1, and O, l and lse = log(2^m · l) go with any m.
-As m is a maximum of the row, only not always the latest, l is at least 1. The first tile of a row
-takes its maximum, and so does a row that has seen no key: m is -inf there, and P inf or NaN.
-FlashAttention-4 (on Blackwell, `rescale_threshold` in its softmax.py) takes the maximum and leaves
-O as it is until that has grown by 2⁸; FlashDecoding++ (arXiv 2311.01282) takes one number for all
-rows and repeats what overflows. A warp decides alone: no other waits for it before the next
-product.
+The result is as good. Where no lane's sum is above 2¹⁵, no P is, and fp16 ends at 65,504; bf16 has
+the range of fp32, and 2⁴⁰ leaves room for P V. Numbers in floating point are as precise there as
+between 0 and 1, and O, l and lse = log(2^m · l) go with any m. As m is a maximum of the row, only
+not always the latest, l is at least 1. The first tile of a row takes its maximum, and so does a row
+that has seen no key: m is -inf there, and P inf or NaN. FlashAttention-4 (on Blackwell,
+`rescale_threshold` in its softmax.py) takes the maximum and leaves O as it is until that has grown
+by 2⁸; FlashDecoding++ (arXiv 2311.01282) takes one number for all rows and repeats what overflows.
+A warp decides alone: no other waits for it before the next product.
 
 Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 - Every counter of a ring (i over tiles of keys, turn over tiles of queries) runs on over all tiles
@@ -137,7 +137,9 @@ from ._gluon import (
 )
 
 ROWS = 64  # rows of a consumer: the M of a wgmma
-MOST = gl.constexpr(2.0**15)  # that the P of a lane and row may sum up to: fp16 ends at 65,504
+# What the P of a lane and row may sum up to, by type: see `No maximum`.
+MOST_FP16 = gl.constexpr(2.0**15)
+MOST_BF16 = gl.constexpr(2.0**40)
 DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
 MAX_PACK = 64  # heads in a tile: then it holds one query of each consumer
@@ -569,6 +571,7 @@ def _step(
     HEAD_DIM: gl.constexpr = w.k_bufs.shape[4]
     THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
     o_layout: gl.constexpr = acc.type.layout
+    MOST: gl.constexpr = MOST_BF16 if w.v_desc.dtype == gl.bfloat16 else MOST_FP16
     k_stage = i % K_STAGES
     v_stage = (i - 1) % V_STAGES
     k_smem = w.k_bufs.index(k_stage).reshape([BLOCK_N, HEAD_DIM])

@@ -244,7 +244,7 @@ def test_the_reader_sees_a_loop():
 def test_the_maximum_may_come_late(growth, causal, d, dtype):
     """v6 computes P with the maximum so far: scores that grow by powers of two from tile to tile.
 
-    It goes through the keys from the right to the left. Below 2^15 it may go on, beyond it must
+    It goes through the keys from the right to the left. Up to a bound it may go on, beyond it must
     not, and one row that must not takes its warp along. N_Q > N_K: rows that see no key.
     """
     from flashstudy.backends import why_not
