@@ -93,16 +93,21 @@ Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 Limits and maths as in `v5_pingpong`.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-27),
-TFLOP/s at N = 512 / 2048 / 16384, in brackets cuDNN in the same run:
+in turns of 50 ms whose order changes, TFLOP/s at N = 512 / 4096 / 16384, in brackets cuDNN:
 
             D=64                         D=128                        D=256
-    full    389 491 544 (377 431 446)    523 655 637 (506 604 606)    507 661 671 (508 625 656)
-    causal  246 387 524 (252 388 451)    340 561 627 (321 499 548)    323 597 673 (329 532 569)
+    full    411 574 621 (368 441 455)    525 729 753 (468 583 604)    504 700 763 (469 622 642)
+    causal  264 453 569 (245 404 433)    334 633 732 (300 486 530)    320 636 728 (323 505 558)
 
-`v5_pingpong` beside it in turns, in another run, D=128 at N = 512 / 4096 / 16384: full 427 665 667
-against 547 649 674, causal 267 552 621 against 344 610 666. Long calls draw the 700 W that the GPU
-may, whichever kernel it is, so there the two are close: what is left to win is short ones. The
-third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in turns).
+In the same turns with every tile's maximum, as up to that day: full 385 483 520, 493 638 656 and
+476 656 684, causal 244 422 495, 315 547 604 and 320 595 676. So leaving it out is 1.00 to 1.21
+times as fast, 1.10 on average. Long calls draw the 700 W that the GPU may, and there an instruction
+less is clock. The other way round where the maximum must be taken: scores that climb by 2²⁰ from
+tile to tile, each of them computed twice, ran at 0.71 (D=128) and 0.66 (D=64) of the speed of the
+kernel that always takes it. Normally distributed ones with a deviation of 3 ran at full speed.
+
+The third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in
+turns).
 
 Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (cuDNN 139; 1432 without the
 split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496).
