@@ -54,6 +54,31 @@ At D=64 three consumers share a tile of 192 queries: a product is over sooner th
 softmaxes must lie under it. Short sequences fill the larger tile badly, and on the diagonal it
 masks more: two consumers there.
 
+**No maximum.** Softmax subtracts one number from all scores of a row, and any will do, as it
+cancels in P V / Σ P: the maximum is one with which exp2 cannot overflow. `v5_pingpong` brings it up
+to date with every tile of keys, and O and l with it (algorithm 1 of FlashAttention-2). But the one
+of the tiles so far nearly always does for the next tile too. So a step works with it unseen, and
+asks afterwards; the sums that it asks for are needed anyway:
+
+    P = exp2(scale · S - m)     sums of P: each lane its part of a row
+    has a lane of this warp a sum above 2¹⁵ (fp16) or 2⁴⁰ (bf16), or NaN?
+        no     l += sums                               318 instructions in all at D=128, with wgmma
+        yes    m, alpha, P, l, O as in `v5_pingpong`
+
+Without, there are 456 instructions: 68 for the maximum and 66 to rescale O and l are gone (D=64:
+308 for 415, D=256: 241 for 412), and with them the chain through the maximum, for which all of S
+and two shuffles had to wait before the first exponential. S stays in its registers until the
+question is answered.
+
+The result is as good. Where no lane's sum is above 2¹⁵, no P is, and fp16 ends at 65,504; bf16 has
+the range of fp32, and 2⁴⁰ leaves room for P V. Numbers in floating point are as precise there as
+between 0 and 1, and O, l and lse = log(2^m · l) go with any m. As m is a maximum of the row, only
+not always the latest, l is at least 1. The first tile of a row takes its maximum, and so does a row
+that has seen no key: m is -inf there, and P inf or NaN. FlashAttention-4 (on Blackwell,
+`rescale_threshold` in its softmax.py) takes the maximum and leaves O as it is until that has grown
+by 2⁸; FlashDecoding++ (arXiv 2311.01282) takes one number for all rows and repeats what overflows.
+A warp decides alone: no other waits for it before the next product.
+
 Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 - Every counter of a ring (i over tiles of keys, turn over tiles of queries) runs on over all tiles
   of a program; it is never set back, or the phases would go wrong.
@@ -68,16 +93,21 @@ Protocol, beside what `v4_warp_specialized` explains of rings and phases:
 Limits and maths as in `v5_pingpong`.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048, torch 2.11.0, Triton 3.6.0, 2026-11-27),
-TFLOP/s at N = 512 / 2048 / 16384, in brackets cuDNN in the same run:
+in turns of 50 ms whose order changes, TFLOP/s at N = 512 / 4096 / 16384, in brackets cuDNN:
 
             D=64                         D=128                        D=256
-    full    389 491 544 (377 431 446)    523 655 637 (506 604 606)    507 661 671 (508 625 656)
-    causal  246 387 524 (252 388 451)    340 561 627 (321 499 548)    323 597 673 (329 532 569)
+    full    411 574 621 (368 441 455)    525 729 753 (468 583 604)    504 700 763 (469 622 642)
+    causal  264 453 569 (245 404 433)    334 633 732 (300 486 530)    320 636 728 (323 505 558)
 
-`v5_pingpong` beside it in turns, in another run, D=128 at N = 512 / 4096 / 16384: full 427 665 667
-against 547 649 674, causal 267 552 621 against 344 610 666. Long calls draw the 700 W that the GPU
-may, whichever kernel it is, so there the two are close: what is left to win is short ones. The
-third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in turns).
+In the same turns with every tile's maximum, as up to that day: full 385 483 520, 493 638 656 and
+476 656 684, causal 244 422 495, 315 547 604 and 320 595 676. So leaving it out is 1.00 to 1.21
+times as fast, 1.10 on average. Long calls draw the 700 W that the GPU may, and there an instruction
+less is clock. The other way round where the maximum must be taken: scores that climb by 2²⁰ from
+tile to tile, each of them computed twice, ran at 0.71 (D=128) and 0.66 (D=64) of the speed of the
+kernel that always takes it. Normally distributed ones with a deviation of 3 ran at full speed.
+
+The third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in
+turns).
 
 Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (cuDNN 139; 1432 without the
 split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496).
@@ -102,14 +132,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import _gluon, _host
 from ._gluon import (
     aggregate,
+    any_above,
     barrier_arrive,
     barrier_sync,
+    declare_vote,
     tma_load,
     tma_store,
     tma_store_wait,
 )
 
 ROWS = 64  # rows of a consumer: the M of a wgmma
+# What the P of a lane and row may sum up to, by type: see `No maximum`.
+MOST_FP16 = gl.constexpr(2.0**15)
+MOST_BF16 = gl.constexpr(2.0**40)
 DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
 MAX_PACK = 64  # heads in a tile: then it holds one query of each consumer
@@ -448,35 +483,64 @@ def _lane_sums(p):
 
 
 @gluon.jit
-def _softmax(w, s, m_i, l_i, MASKED: gl.constexpr):
-    """Online softmax of a tile (algorithm 1 of FlashAttention-2, line 9): p, alpha, m_i, l_i."""
-    m_new = gl.maximum(m_i, gl.max(s, 1))
-    m_log2 = m_new * w.scale_log2
-    if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
-        m_log2 = gl.where(m_new == float("-inf"), 0.0, m_log2)
-    alpha = gl.exp2(m_i * w.scale_log2 - m_log2)
-    p = gl.exp2(s * w.scale_log2 - gl.expand_dims(m_log2, 1))  # [ROWS, BLOCK_N]
-    sums = _lane_sums(p)
-    l_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
-    l_i = l_i * gl.expand_dims(gl.convert_layout(alpha, l_rows), 1) + sums  # [ROWS, 4]
-    return p, alpha, m_new, l_i
+def _rescale(x, alpha):
+    """The rows of x times alpha [ROWS]."""
+    return x * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.jit
+def _pairs(p, dtype: gl.constexpr):
+    """[ROWS, BLOCK_N] fp32 -> [ROWS, BLOCK_N / 2] int32: two neighbours, in half precision, each.
+
+    So P goes through branches and loops. LLVM would take values of 16 bits apart there and pack
+    them anew behind, 32 instructions of 320. Not pure, or it would pack where P is used and keep
+    twice the registers until then.
+    """
+    low, high = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,r,r",
+            [low, high],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;",
+            "=r,r,r",
+            [low, high],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @gluon.jit
 def _operand(p, dtype: gl.constexpr, o_layout: gl.constexpr):
-    """P as the A operand of PV: the same registers under another name, no data moves."""
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+    """Pairs as the A operand of PV: the same registers under another name, no data moves."""
+    low = p.to(gl.int16).to(dtype, bitcast=True)
+    high = (p >> 16).to(gl.int16).to(dtype, bitcast=True)
+    p = gl.reshape(gl.join(low, high), [p.shape[0], 2 * p.shape[1]])  # [ROWS, BLOCK_N]
+    return gl.convert_layout(p, gl.DotOperandLayout(0, o_layout, 2), assert_trivial=True)
 
 
 @gluon.jit
-def _packed(p):
-    """Keep pairs of half-precision values in one register across a loop's edge.
+def _weights(w, s, m_log2):
+    """P = exp2(scale_log2 · S - m_log2), in pairs, and its sums [ROWS, 4]."""
+    p = gl.exp2(gl.fma(s, w.scale_log2, gl.expand_dims(-m_log2, 1)))  # [ROWS, BLOCK_N]
+    return _pairs(p, w.v_desc.dtype), _lane_sums(p)
 
-    LLVM would carry them apart and pack them anew in every iteration, 32 instructions of 450.
-    """
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [p], dtype=p.dtype, is_pure=False, pack=2
-    )
+
+@gluon.jit
+def _softmax(w, s, m_log2, l_i):
+    """Online softmax of a tile (algorithm 1 of FlashAttention-2, line 9): p, alpha, m_log2, l_i."""
+    m_new = gl.maximum(m_log2, gl.max(s, 1) * w.scale_log2)
+    m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf - -inf would be NaN
+    alpha = gl.exp2(m_log2 - m_safe)
+    p, sums = _weights(w, s, m_safe)
+    return p, alpha, m_new, _rescale(l_i, alpha) + sums
 
 
 @gluon.jit
@@ -502,7 +566,9 @@ def _give_turn(WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MASKED: gl.constexpr):
+def _step(
+    w, q_smem, zero, acc, p, m_log2, l_i, visible, i, WHICH: gl.constexpr, MASKED: gl.constexpr
+):  # fmt: skip
     """Scores and softmax of the i-th tile, and P V of the tile before."""
     K_STAGES: gl.constexpr = w.k_bufs.shape[0]
     V_STAGES: gl.constexpr = w.v_bufs.shape[0]
@@ -510,6 +576,7 @@ def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MA
     HEAD_DIM: gl.constexpr = w.k_bufs.shape[4]
     THREADS: gl.constexpr = 128 * w.CONSUMERS + 32
     o_layout: gl.constexpr = acc.type.layout
+    MOST: gl.constexpr = MOST_BF16 if w.v_desc.dtype == gl.bfloat16 else MOST_FP16
     k_stage = i % K_STAGES
     v_stage = (i - 1) % V_STAGES
     k_smem = w.k_bufs.index(k_stage).reshape([BLOCK_N, HEAD_DIM])
@@ -520,28 +587,32 @@ def _step(w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH: gl.constexpr, MA
         _take_turn(WHICH)
     s = warpgroup_mma(q_smem, k_smem.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(w.v_ready.index(v_stage), (i - 1) // V_STAGES & 1)
-    acc = warpgroup_mma(p, v_smem, acc, is_async=True)
+    a = _operand(p, w.v_desc.dtype, o_layout)
+    acc = warpgroup_mma(a, v_smem, acc, is_async=True)
     if w.PINGPONG:
         _give_turn((WHICH + 1) % w.CONSUMERS)
 
     s = warpgroup_mma_wait(1, [s])  # [ROWS, BLOCK_N]
     barrier_arrive(_k_empty(k_stage), THREADS)
+    # a among what is waited for: its registers are read until PV has finished.
+    acc = warpgroup_mma_wait(0, [acc, a])[0]
+    barrier_arrive(_v_empty(v_stage), THREADS)
     if MASKED:
         s = _mask(s, visible)
-    p_next, alpha, m_i, l_i = _softmax(w, s, m_i, l_i, MASKED)
-
-    # p among what is waited for: its registers are read until PV has finished.
-    acc = warpgroup_mma_wait(0, [acc, p])[0]
-    barrier_arrive(_v_empty(v_stage), THREADS)
-    acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, o_layout)), 1)
-    return acc, _operand(p_next, w.v_desc.dtype, o_layout), m_i, l_i
+    p, sums = _weights(w, s, m_log2)  # with the maximum that is there: see `No maximum`
+    if any_above(sums, MOST):  # rarely; also where m_log2 is -inf, for then p is inf or NaN
+        p, alpha, m_log2, l_i = _softmax(w, s, m_log2, l_i)
+        acc = _rescale(acc, alpha)
+    else:
+        l_i += sums
+    return acc, p, m_log2, l_i
 
 
 @gluon.jit
-def _store_lse(w, m_i, l_sum, b_o, h, start_m):
+def _store_lse(w, m_log2, l_sum, b_o, h, start_m):
     PACK: gl.constexpr = w.q_bufs.shape[4]
-    lse = (m_i * w.scale_log2 + gl.log2(l_sum)) * 0.6931471805599453  # ln 2: the natural one
-    offs_r = _here(start_m) + gl.arange(0, m_i.shape[0], layout=m_i.type.layout)
+    lse = (m_log2 + gl.log2(l_sum)) * 0.6931471805599453  # ln 2: the natural one
+    offs_r = _here(start_m) + gl.arange(0, m_log2.shape[0], layout=m_log2.type.layout)
     offs_m, offs_h = offs_r // PACK, offs_r % PACK
     offs = ((b_o * w.H + h).to(gl.int64) * PACK + offs_h) * _here(w.N_Q) + offs_m
     gl.store(w.lse_ptr + offs, lse, mask=offs_m < w.N_Q)
@@ -573,7 +644,7 @@ def _consumer(w, WHICH: gl.constexpr):
         # up to i + N_K - N_Q. (Rows past N_Q may see past N_K: zeros, and nobody reads them.)
         if w.CAUSAL:
             first = _here(start_m // PACK + w.diagonal - start_n)
-            visible = gl.arange(0, ROWS, layout=rows) // PACK + first
+            visible = _here(gl.arange(0, ROWS, layout=rows)) // PACK + first
         else:
             visible = gl.full([ROWS], w.N_K - start_n, gl.int32, rows)
 
@@ -592,25 +663,23 @@ def _consumer(w, WHICH: gl.constexpr):
         barrier_arrive(_k_empty(i % K_STAGES), THREADS)
         if n_masked > 0:
             s = _mask(s, _here(visible))
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, rows)
+        m_log2 = gl.full([ROWS], float("-inf"), gl.float32, rows)
         l_i = gl.zeros_like(_lane_sums(zero))
-        p, _, m_i, l_i = _softmax(w, s, m_i, l_i, MASKED=True)
-        p = _packed(_operand(p, w.v_desc.dtype, o_layout))
+        p, _, m_log2, l_i = _softmax(w, s, m_log2, l_i)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, o_layout)
         i += 1
 
         if w.CAUSAL:
             for _ in range(1, gl.minimum(n_masked, n_tiles)):
                 visible += BLOCK_N
-                acc, p, m_i, l_i = _step(
-                    w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=True
+                acc, p, m_log2, l_i = _step(
+                    w, q_smem, zero, acc, p, m_log2, l_i, visible, i, WHICH, MASKED=True
                 )
                 i += 1
-            p = _packed(p)
         # Without causal only the rightmost tile, the end of the keys, can need a mask.
         for _ in range(gl.maximum(n_masked, 1), n_tiles):
-            acc, p, m_i, l_i = _step(
-                w, q_smem, zero, acc, p, m_i, l_i, visible, i, WHICH, MASKED=False
+            acc, p, m_log2, l_i = _step(
+                w, q_smem, zero, acc, p, m_log2, l_i, visible, i, WHICH, MASKED=False
             )
             i += 1
 
@@ -618,15 +687,16 @@ def _consumer(w, WHICH: gl.constexpr):
         stage = (i - 1) % V_STAGES
         mbarrier.wait(w.v_ready.index(stage), (i - 1) // V_STAGES & 1)
         v_smem = w.v_bufs.index(stage).reshape([BLOCK_N, HEAD_DIM])
-        acc = warpgroup_mma(p, v_smem, acc, is_async=True)
+        a = _operand(p, w.v_desc.dtype, o_layout)
+        acc = warpgroup_mma(a, v_smem, acc, is_async=True)
         # Rows that saw no key have l = 0 and m = -inf: they give 0, and lse -inf.
         l_sum = gl.convert_layout(gl.sum(l_i, 1), rows)
         inverse = gl.where(l_sum == 0.0, 0.0, 1.0 / l_sum)
-        _store_lse(w, m_i, l_sum, b_o, h, start_m)
-        acc = warpgroup_mma_wait(0, [acc, p])[0]
+        _store_lse(w, m_log2, l_sum, b_o, h, start_m)
+        acc = warpgroup_mma_wait(0, [acc, a])[0]
         barrier_arrive(_v_empty(stage), THREADS)
 
-        o = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, o_layout)), 1)
+        o = _rescale(acc, inverse)
         q_smem.store(o.to(w.o_desc.dtype))
         fence_async_shared()  # written by threads, read by TMA: another path to the same memory
         tma_store(w.o_desc, [b_o, h, start_m // PACK, 0, 0], w.q_bufs.index(q_stage))
@@ -689,6 +759,7 @@ def _forward_kernel(
         N_K, diagonal, tiles, tiles_m, tiles_n, full_n, share_n, B, heads, section,
         share_tiles, section_tiles, CONSUMERS, CAUSAL, DRAW, CONFIG.pingpong,
     )  # fmt: skip
+    declare_vote()
     # The first partition runs on the kernel's own warps and gets the registers that the others
     # leave, as many as they: the table's numbers add up to 65,536 a multiprocessor.
     if CONSUMERS == 2:

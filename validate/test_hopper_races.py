@@ -25,7 +25,7 @@ SLEEP = (
 LATE = {
     "loads": ("mbarrier.expect(v_ready,", None, 3000),
     "tile-number": ("mbarrier.arrive(w.tile_ready", None, 5000),
-    "first-consumer": ("acc = warpgroup_mma_wait(0, [acc, p])[0]", "WHICH == 0", 2000),
+    "first-consumer": ("acc = warpgroup_mma_wait(0, [acc, a])[0]", "WHICH == 0", 2000),
     "last-consumer": ("barrier_arrive(_k_empty(k_stage)", "WHICH == w.CONSUMERS - 1", 2500),
     "store": ("tma_store(w.o_desc", "WHICH == 0", 8000),
 }
