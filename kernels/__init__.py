@@ -26,7 +26,8 @@ def choose(q, k, v, *, backward=False):
 
         forward     v6_persistent        head dim divisible by 8; storage and strides of q, k, v in
                                          multiples of 16 bytes
-        backward    v7_hopper_backward   head dim up to the widest that it takes
+        backward    v7_hopper_backward   head dim up to 128
+                    v7_wide_heads        wider ones
 
     and `v3_tma` everywhere else; on GPUs without a tensor copy engine that is `v2_lean` with other
     tiles. The choice is made when the operator runs, on tensors with memory. So it is the same in
@@ -37,10 +38,9 @@ def choose(q, k, v, *, backward=False):
     if not q.is_cuda or q.dtype not in _host.HALF_DTYPES or _gluon.why_not(q.device):
         return "v3_tma"
     if backward:
-        from .v7_hopper_backward import MAX_HEAD_DIM
-
-        fits = d <= MAX_HEAD_DIM and work >= BACKWARD_MIN_WORK
-        return "v7_hopper_backward" if fits else "v3_tma"
+        if work < BACKWARD_MIN_WORK:
+            return "v3_tma"
+        return "v7_hopper_backward" if d <= 128 else "v7_wide_heads"
     if d % 8 or (work < FORWARD_MIN_WORK and n_k < FORWARD_MIN_KEYS):
         return "v3_tma"
     return "v6_persistent" if _aligned(q) and _aligned(k) and _aligned(v) else "v3_tma"
@@ -65,7 +65,7 @@ def forward(q, k, v, causal, scale, allow_tf32, deterministic=False):
 def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False):
     """Launch on what forward took and returned. Returns dq, dk, dv, like q, k, v."""
     name = choose(q, k, v, backward=True)
-    how = {"deterministic": deterministic} if name == "v7_hopper_backward" else {}
+    how = {"deterministic": deterministic} if name.startswith("v7") else {}
     return _step(name).backward(do, q, k, v, o, lse, causal, scale, allow_tf32, **how)
 
 
@@ -83,9 +83,9 @@ def attention(
     1/sqrt(D) unless given. With return_lse also the logarithm of each row's sum of exponentials,
     (B, H, N_Q) in fp32, without a gradient.
 
-    The forward, dk and dv repeat bit by bit. dq does, too, but where `v7_hopper_backward` sums it
-    in the order in which its programs finish: as in other libraries, that is the default because it
-    is faster. deterministic=True gives it an order, and so does PyTorch's setting
+    The forward, dk and dv repeat bit by bit. dq does, too, but where v7 sums it in the
+    order in which its programs finish: as in other libraries, that is the default because it is
+    faster. deterministic=True gives it an order, and so does PyTorch's setting
     torch.use_deterministic_algorithms(True) unless deterministic=False says otherwise.
 
     Raises ValueError where the arguments do not fit.

@@ -95,7 +95,8 @@ arrived in memory, not only until it has left shared memory; and two warps with 
 longer over it than the kernel that they replaced.
 
 Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 with zeros; at 256 dK
-and dV alone would fill the registers). dK and dV are bitwise repeatable, dQ if asked for.
+and dV alone would fill the registers: see v7_wide_heads). dK and dV are bitwise repeatable, dQ if
+asked for.
 
 Measured, TFLOP/s with everything between dO and the finished gradients, in brackets cuDNN /
 flash-attn 4 in the same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton
@@ -174,9 +175,14 @@ class Config(NamedTuple):
     head_dim: int
     split_rows: bool  # consumers share out dQ by rows (queries) or else by columns
     ds_registers: bool  # dS as dK's operand: from registers, or through shared memory
+    dq_parts: int  # dQ of a query tile is added in so many parts
+    out_rows: int  # dK and dV are stored so many rows at a time
 
 
-CONFIGS = {64: Config(128, 128, 64, True, False), 128: Config(64, 128, 128, False, True)}
+CONFIGS = {
+    64: Config(128, 128, 64, True, False, 2, 64),
+    128: Config(64, 128, 128, False, True, 2, 64),
+}
 STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
 
 
@@ -949,16 +955,20 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False
 
     Raises ValueError for other dtypes and larger head dims.
     """
+    if (D := q.shape[3]) > MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got {D}")
+    return launch(_backward_kernel, _config(D), do, q, k, v, o, lse, causal, scale, deterministic)
+
+
+def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
+    """`backward` with a kernel of this step, here or in v7_wide_heads, and its configuration."""
     B, H, N_Q, D = q.shape
     H_KV, N_K = k.shape[1:3]
     if q.dtype not in _host.HALF_DTYPES:
         names = [*map(str, _host.HALF_DTYPES)]
         raise ValueError(f"q: expected a dtype among {names}, got {q.dtype}")
-    if D > MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head dim of at most {MAX_HEAD_DIM}, got {D}")
     if q.numel() == 0 or k.numel() == 0:
         return tuple(_host.empty_like(t).zero_() for t in (q, k, v))
-    c = _config(D)
 
     # A unit is a key head with its query heads. Where that gives fewer tiles than multiprocessors,
     # the query heads are split over several units and their dK and dV summed afterwards.
@@ -998,10 +1008,10 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False
     )  # fmt: skip
 
     q, k, v, do = (_tma_ready(t) for t in (q, k, v, do))
-    part = [c.block_m * c.head_dim // 2 // 256, 256]  # a consumer's of dQ
+    part = [c.block_m * c.head_dim // c.dq_parts // 256, 256]
     ragged = N_K % c.block_n != 0
     _host.launch(
-        _backward_kernel,
+        kernel,
         (q.get_device(), q.dtype, c, causal, ragged, deterministic),
         (min(units * tiles_n, programs), 1, 1),
         _describe(q, c.block_m, c.head_dim),
@@ -1010,8 +1020,8 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False
         _describe(do, c.block_m, c.head_dim),
         TensorDescriptor(rows, rows.shape, (1,), [c.block_m], FP32[1]),
         TensorDescriptor(dq_acc, dq_acc.shape, (256, 1), part, FP32[2]),
-        _describe(dk_parts, c.block_n // 2, c.head_dim),
-        _describe(dv_parts, c.block_n // 2, c.head_dim),
+        _describe(dk_parts, c.out_rows, c.head_dim),
+        _describe(dv_parts, c.out_rows, c.head_dim),
         locks, counter, scale * _host.LOG2E,
         H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, split,
         c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,

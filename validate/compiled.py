@@ -41,7 +41,9 @@ KNOWN_SPILLS = {
     ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (80, 564),
     ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 792),
     ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 300),
+    ("v7_hopper_backward", 256, "bfloat16", "_backward_kernel"): (0, 60),
 }
+WIDER = {"v7_hopper_backward": "v7_wide_heads"}  # the file that takes head dims above a step's own
 LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
 
 
@@ -159,7 +161,7 @@ def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=None
 
     sizes: pairs (N, query heads to a key head); by default LENGTHS without grouping.
     """
-    module = importlib.import_module(f"flashstudy.kernels.{step}")
+    module = _module(step, head_dim)
     with compile_only(arch) as kernels:
         for n, group in sizes or [(n, 1) for n in LENGTHS]:
             q, do, o = (torch.empty(1, 2 * group, n, head_dim, dtype=dtype) for _ in range(3))
@@ -207,10 +209,17 @@ def steps():
     return {name: row for name, row in BACKENDS.items() if row.target.startswith("kernels.")}
 
 
-def has(step, direction, head_dim):
-    """Whether a step launches "forward" or "backward" kernels for this head dim."""
+def _module(step, head_dim):
+    """The module of a step, or of its file for head dims as wide as this one."""
     module = importlib.import_module(f"flashstudy.kernels.{step}")
-    return hasattr(module, direction) and head_dim <= getattr(module, "MAX_HEAD_DIM", head_dim)
+    if head_dim > getattr(module, "MAX_HEAD_DIM", head_dim):
+        module = importlib.import_module(f"flashstudy.kernels.{WIDER[step]}")
+    return module
+
+
+def has(step, direction):
+    """Whether a step launches "forward" or "backward" kernels."""
+    return hasattr(importlib.import_module(f"flashstudy.kernels.{step}"), direction)
 
 
 def main(argv=None):
@@ -246,7 +255,7 @@ def main(argv=None):
             arch < lowest
             or (row.needs and arch != lowest)
             or dtypes[dtype] not in row.dtypes
-            or not has(step, "backward" if backward else "forward", d)
+            or not has(step, "backward" if backward else "forward")
         ):
             continue
         what = [step, f"sm_{arch}", d, dtype, "causal" if causal else "full"]

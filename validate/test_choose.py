@@ -15,7 +15,7 @@ from flashstudy.validate import errors
 from torch.utils.flop_counter import FlopCounterMode
 
 FP16 = torch.float16
-STEPS = ("v3_tma", "v6_persistent", "v7_hopper_backward")
+STEPS = ("v3_tma", "v6_persistent", "v7_hopper_backward", "v7_wide_heads")
 
 
 def tensor(b=4, h=16, n=4096, d=128, dtype=torch.bfloat16, **changed):
@@ -68,9 +68,11 @@ def test_what_the_copy_engine_cannot_address_matters_to_the_forward_alone(on_hop
     assert both(tensor(**changed)) == ("v3_tma", "v7_hopper_backward")
 
 
-def test_the_backward_of_wider_heads_is_the_portable_one(on_hopper):
+@pytest.mark.parametrize("d", [MAX_HEAD_DIM + 1, 192, 256])
+def test_the_backward_of_wider_heads_has_a_kernel_of_its_own(on_hopper, d):
     assert both(tensor(d=MAX_HEAD_DIM))[1] == "v7_hopper_backward"
-    assert choose(*[tensor(d=MAX_HEAD_DIM + 8)] * 3, backward=True) == "v3_tma"
+    assert choose(*[tensor(d=d)] * 3, backward=True) == "v7_wide_heads"
+    assert choose(*[tensor(d=d, n=128)] * 3, backward=True) == "v3_tma"
 
 
 def test_other_gpus_get_the_portable_step(monkeypatch):
@@ -122,7 +124,7 @@ def pick(monkeypatch, forward, backward):
 
 @pytest.mark.parametrize("how", ["eager", "compiled", "autocast"])
 @pytest.mark.parametrize("forward", ["v3_tma", "v6_persistent"])
-@pytest.mark.parametrize("backward", ["v3_tma", "v7_hopper_backward"])
+@pytest.mark.parametrize("backward", ["v3_tma", "v7_hopper_backward", "v7_wide_heads"])
 def test_each_direction_runs_the_step_of_choice(told, monkeypatch, forward, backward, how):
     """The choice is made when the operator runs, on tensors with memory: tracing sees one node."""
     pick(monkeypatch, forward, backward)
@@ -205,28 +207,23 @@ def test_bad_arguments_get_the_message_of_the_step():
 # ---- By name nothing falls back ------------------------------------------------------------------
 
 
-def test_the_joined_steps_refuse_what_they_cannot_take(monkeypatch):
+def test_the_joined_steps_refuse_what_they_cannot_take():
     with pytest.raises(ValueError, match="q: expected a CUDA tensor, got one on cpu"):
         hopper.attention(*draw())
-    # Past the check for a GPU: what the forward alone would take, its gradients may not.
-    monkeypatch.setattr(_gluon, "check", lambda q, k, v, scale: 1.0)
-    wide = draw(d=MAX_HEAD_DIM + 8)
-    with pytest.raises(ValueError, match=f"at most {MAX_HEAD_DIM} with gradients, got"):
-        hopper.attention(*wide)
-    monkeypatch.setattr(hopper, "_op", lambda *args: ("o", "lse"))
-    with torch.no_grad():
-        assert hopper.attention(*wide) == "o"
 
 
 def test_the_joined_steps_are_the_two_steps(monkeypatch):
-    """Forward by v6, backward by v7, with the arguments where they belong."""
-    calls = []
-    q, k, v, do, o, lse = ("q", "k", "v", "do", "o", "lse")
+    """Forward by v6, backward by v7's file for the head dim, with the arguments in their places."""
+    calls, wide = [], []
+    q, k, v, do, o, lse = torch.empty(1, 1, 1, MAX_HEAD_DIM), "k", "v", "do", "o", "lse"
     monkeypatch.setattr(
         hopper.v6_persistent, "forward", lambda *args: calls.append(args) or (o, lse)
     )
     monkeypatch.setattr(
         hopper.v7_hopper_backward, "backward", lambda *args, **kw: calls.append((*args, kw))
+    )
+    monkeypatch.setattr(
+        hopper.v7_wide_heads, "backward", lambda *args, **kw: wide.append((*args, kw))
     )
     hopper.forward(q, k, v, True, 0.5, False, True)
     hopper.backward(do, q, k, v, o, lse, True, 0.5, False, True)
@@ -235,6 +232,10 @@ def test_the_joined_steps_are_the_two_steps(monkeypatch):
     assert calls[1] == (do, q, k, v, o, lse, True, 0.5, False, {"deterministic": True})
     assert calls[2][:-1] == calls[1][:-1]
     assert not calls[2][-1].get("deterministic", False)
+    q = torch.empty(1, 1, 1, MAX_HEAD_DIM + 1)
+    hopper.backward(do, q, k, v, o, lse, True, 0.5, False, True)
+    assert wide == [(do, q, k, v, o, lse, True, 0.5, False, {"deterministic": True})]
+    assert len(calls) == 3
 
 
 STRIDES = """
@@ -249,9 +250,10 @@ def draw(layout, h, n, d):
         return torch.empty(2, n, h + 5, d, dtype=torch.bfloat16).transpose(1, 2)[:, 2:2 + h]
     return torch.empty(2, h, n, d, dtype=torch.bfloat16)
 
+SIZES = (4, 4, 70, 64), (8, 2, 70, 64), (4, 4, 70, 59), (4, 2, 0, 64), (4, 2, 70, 200)
 with compiled.compile_only(90):
     for layout in ("bhnd", "bnhd", "qkv"):
-        for h, h_kv, n_q, d in ((4, 4, 70, 64), (8, 2, 70, 64), (4, 4, 70, 59), (4, 2, 0, 64)):
+        for h, h_kv, n_q, d in SIZES:
             q, do, o = (draw(layout, h, n_q, d) for _ in range(3))
             k, v = (draw(layout, h_kv, 90, d) for _ in range(2))
             for deterministic in (False, True):
@@ -283,6 +285,8 @@ SHAPES = [
     (1, 8, 2, 700, 1500, 128),
     (1, 4, 2, 1500, 700, 64),
     (3, 4, 4, 333, 333, 96),
+    (2, 4, 2, 700, 900, 256),
+    (1, 2, 2, 1024, 1024, 192),
 ]
 
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import triton
-from flashstudy.kernels import v7_hopper_backward
+from flashstudy.kernels import v7_hopper_backward, v7_wide_heads
 from flashstudy.validate import errors
 from flashstudy.validate.test_hopper_forward import main_loops, positions
 
@@ -28,6 +28,12 @@ CASES = [
     (128, "bfloat16", True, 512, 1),
     (128, "float16", True, 500, 4),
     (96, "bfloat16", True, 300, 1),
+]
+WIDE_CASES = [  # of v7_wide_heads
+    (256, "bfloat16", False, 512, 1),
+    (256, "bfloat16", False, 500, 1),
+    (256, "bfloat16", True, 512, 1),
+    (192, "float16", True, 500, 4),
 ]
 # Not a byte spills with the Triton it was written and measured with. 3.7 is one register short
 # between the tiles, the assembler of later ones some more, in the loops too.
@@ -52,23 +58,25 @@ for d, dtype, causal, n, group in json.loads(sys.argv[1]):
 def kernels():
     """{case: what the compiler made of it}, from a process of its own that does not interpret."""
     got = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(CASES), str(SPILLS)],
+        [sys.executable, "-c", PROGRAM, json.dumps(CASES + WIDE_CASES), str(SPILLS)],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         timeout=900,
     )
     assert got.returncode == 0, got.stderr[-4000:]
-    return dict(zip(CASES, map(json.loads, got.stdout.splitlines()), strict=True))
+    return dict(zip(CASES + WIDE_CASES, map(json.loads, got.stdout.splitlines()), strict=True))
 
 
 def config(d):
-    from flashstudy.kernels import v7_hopper_backward as step
-
-    return step._config(d)
+    return v7_hopper_backward._config(d)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def cases(some):
+    return pytest.mark.parametrize("case", some, ids=lambda c: "-".join(map(str, c)))
+
+
+@cases(CASES + WIDE_CASES)
 class TestMachineCode:
     def test_no_fault(self, kernels, case):
         """No spills, no C75xx (serialised products), shared memory within bounds; three kernels."""
@@ -78,6 +86,8 @@ class TestMachineCode:
     def test_products_are_asynchronous(self, kernels, case):
         """One arrival a product: serialised ones would have one an instruction."""
         products = 2 * (2 + 5 + 3) + 1  # consumers x (first tile, loop, last), a late dQ
+        if case in WIDE_CASES:  # S or dP; dQ in two
+            products = 2 * (1 + 5 + 4)
         sass = kernels[case]["sass"]
         assert len(re.findall(r"WARPGROUP\.ARRIVE", sass)) == products
         assert len(re.findall(r"WARPGROUP\.DEPBAR", sass)) <= products
@@ -116,7 +126,10 @@ class TestMachineCode:
             assert ptx.count("griddepcontrol.wait") == 1
             assert ptx.index("griddepcontrol.wait") < re.search(read, ptx).start()
 
-    def test_main_loops(self, kernels, case):
+
+@cases(CASES)
+class TestMainLoops:
+    def test_a_turn(self, kernels, case):
         """A turn: five products and their waits in the order of the source, and one fence."""
         d, _, causal, _, _ = case
         registers = config(d).ds_registers  # dS as an operand: dV is waited for alone
@@ -159,6 +172,51 @@ class TestMachineCode:
         assert len(turns) == 2
 
 
+@cases(WIDE_CASES)
+class TestWideLoops:
+    def test_an_iteration(self, kernels, case):
+        """Five products, none from registers; dQ leaves in two parts, each while products run."""
+        loops = main_loops(kernels[case]["sass"])
+        assert len(loops) == 2
+        (scores,) = (x for x in loops if positions(x, "MUFU.EX2"))
+        for loop in loops:
+            assert VERSION > (3, 7) or not positions(loop, "LDL")
+            assert VERSION > (3, 7) or not positions(loop, "STL")
+            assert len(positions(loop, "WARPGROUP.ARRIVE")) == 5
+            waits = positions(loop, "WARPGROUP.DEPBAR")
+            depths = [int(re.search(r"gsb0, 0x(\d)", loop[i][1])[1]) for i in waits]
+            assert depths == [1, 1, 0]  # dK runs on, S or dP runs on, nothing does
+            # dV, dK and two parts of dQ sum over 64 queries or keys, S or dP over 256 columns
+            hgmma = positions(loop, "HGMMA")
+            assert len(hgmma) == 4 * 4 + 16
+            assert not [i for i in hgmma if re.match(r"R\d+, R\d+", loop[i][1])]
+            assert len([i for i in hgmma if i < waits[0]]) == 3 * 4
+            assert len([i for i in hgmma if waits[0] < i < waits[1]]) == 4 + 16
+            # dQ goes 16 bytes at a time
+            stores = positions(loop, "STS.128")
+            assert len([i for i in stores if waits[0] < i < waits[1]]) == 8
+            assert len([i for i in stores if waits[1] < i < waits[2]]) == 8
+            # P is told and dS waited for, or the other way round; dQ is told of twice
+            (told,) = positions(loop, "BAR.ARV", ", 0x100")
+            (waited,) = positions(loop, "BAR.SYNC", ", 0x100")
+            assert loop[told][1].split(",")[0] != loop[waited][1].split(",")[0]
+            first, second = positions(loop, "BAR.ARV", ", 0x120")
+            assert waits[0] < first < waits[1] < second
+            exps = positions(loop, "MUFU.EX2")
+            if loop is scores:  # only dV does not need dS
+                assert len([i for i in hgmma if i < waited]) == 4
+                assert len(exps) == 64 * 64 // 128
+                assert waits[2] < exps[0] < exps[-1] < told < second
+            else:  # dQ is out of the way when it has to wait for P
+                assert second < waits[2] < waited < told
+            assert len(positions(loop, "FENCE.VIEW.ASYNC")) == (2 if loop is scores else 3)
+            # A mask is computed under a branch, where the tile needs one.
+            causal = case[2]
+            assert bool(positions(loop, "FSEL")) == (causal and loop is scores)
+            held = [i for i in positions(loop, "ISETP") if not re.search(r"0x|RZ", loop[i][1])]
+            assert len(held) <= 2
+
+
 gpu = pytest.mark.gpu
 SHAPES = [
     # B, H, H_KV, N_Q, N_K
@@ -181,9 +239,14 @@ def _hopper_only():
         pytest.skip("needs compute capability 9.0 exactly (Hopper)")
 
 
+def _step(d):
+    """The file of the step that takes this head dim."""
+    return v7_hopper_backward if d <= v7_hopper_backward.MAX_HEAD_DIM else v7_wide_heads
+
+
 def _attention(q, k, v, *, causal=False, scale=None):
     """The reference's forward, rounded, joined with the step's backward."""
-    from flashstudy.kernels import v7_hopper_backward as step
+    step = _step(q.shape[-1])
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -213,7 +276,7 @@ def _inputs(b, h, h_kv, n_q, n_k, d, dtype=torch.bfloat16, layout="bhnd"):
 
 @gpu
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_gradients(shape, d, causal):
     _hopper_only()
@@ -231,6 +294,10 @@ def test_gradients(shape, d, causal):
         (123, torch.bfloat16, "bhnd"),
         (64, torch.float16, "bnhd"),
         (128, torch.bfloat16, "bnhd"),
+        (136, torch.bfloat16, "bhnd"),
+        (192, torch.float16, "bnhd"),
+        (201, torch.bfloat16, "bhnd"),
+        (256, torch.float16, "bnhd"),
     ],
 )
 def test_other_head_dims_and_strides(d, dtype, layout):
@@ -242,13 +309,12 @@ def test_other_head_dims_and_strides(d, dtype, layout):
 
 @gpu
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("n", [64, 128, 192, 1000, 2048])  # 1, 2, 3 query tiles; ragged; many
 def test_dk_and_dv_repeat_bit_by_bit(n, d, causal):
     """A hundred calls into memory full of NaN, with another stream at work beside them."""
     _hopper_only()
-    from flashstudy.kernels import v7_hopper_backward as step
-
+    step = _step(d)
     q, k, v, do = _inputs(2, 8, 8, n, n, d)
     got = errors.compute(q, k, v, causal=causal)
     args = (do, q, k, v, got["o"].to(q.dtype), got["lse"].float(), causal, d**-0.5, False)
@@ -268,11 +334,10 @@ def test_dk_and_dv_repeat_bit_by_bit(n, d, causal):
 @gpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 8, 8, 1024, 1024), (1, 8, 2, 500, 900), (1, 2, 2, 900, 500)])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_dq_repeats_bit_by_bit_if_asked_for(d, shape, causal):
     _hopper_only()
-    from flashstudy.kernels import v7_hopper_backward as step
-
+    step = _step(d)
     q, k, v, do = _inputs(*shape, d)
     got = errors.compute(q, k, v, causal=causal)
     args = (do, q, k, v, got["o"].to(q.dtype), got["lse"].float(), causal, d**-0.5, False)
@@ -307,11 +372,11 @@ def test_gradients_have_the_strides_of_their_tensors():
 
 
 @gpu
-def test_a_row_without_keys_gives_zero():
+@pytest.mark.parametrize("d", [64, 256])
+def test_a_row_without_keys_gives_zero(d):
     _hopper_only()
-    from flashstudy.kernels import v7_hopper_backward as step
-
-    q, k, v, do = _inputs(1, 2, 2, 300, 100, 64)
+    step = _step(d)
+    q, k, v, do = _inputs(1, 2, 2, 300, 100, d)
     got = errors.compute(q, k, v, causal=True)
     lse = got["lse"].float()
     assert torch.isneginf(lse[..., :200]).all()
@@ -335,16 +400,19 @@ def test_what_the_copy_engine_cannot_address_is_copied():
 
 
 def test_refuses_what_it_cannot_take():
-    from flashstudy.kernels.v7_hopper_backward import backward
+    narrow, wide = v7_hopper_backward, v7_wide_heads
 
-    def call(d, dtype):
+    def call(step, d, dtype):
         t = torch.empty(1, 1, 8, d, dtype=dtype)
-        return backward(t, t, t, t, t, torch.empty(1, 1, 8), False, 1.0, False)
+        return step.backward(t, t, t, t, t, torch.empty(1, 1, 8), False, 1.0, False)
 
     with pytest.raises(ValueError, match="q: expected a head dim of at most 128, got 192"):
-        call(192, torch.float16)
-    with pytest.raises(ValueError, match="q: expected a dtype among"):
-        call(64, torch.float32)
+        call(narrow, 192, torch.float16)
+    with pytest.raises(ValueError, match="q: expected a head dim of at most 256, got 264"):
+        call(wide, 264, torch.float16)
+    for step, d in ((narrow, 64), (wide, 256)):
+        with pytest.raises(ValueError, match="q: expected a dtype among"):
+            call(step, d, torch.float32)
 
 
 @pytest.mark.parametrize(

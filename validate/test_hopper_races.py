@@ -1,4 +1,4 @@
-"""Races in the Hopper forward kernels: the same bits, whoever comes first.
+"""Races in the Hopper kernels: the same bits, whoever comes first.
 
 A barrier too few shows as results that change with timing. So the same call is repeated under
 load, and variants of the kernel in which one role sleeps at a point of the protocol must give the
@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-SOURCE = Path(__file__).parents[1] / "kernels" / "v6_persistent.py"
+KERNELS = Path(__file__).parents[1] / "kernels"
+SOURCE = KERNELS / "v6_persistent.py"
+WIDE = KERNELS / "v7_wide_heads.py"
 SLEEP = (
     'gl.inline_asm_elementwise("nanosleep.u32 {}; mov.u32 $0, $1;", "=r,r,~{{memory}}",'
     " [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)"
@@ -29,6 +31,14 @@ LATE = {
     "last-consumer": ("barrier_arrive(_k_empty(k_stage)", "WHICH == w.CONSUMERS - 1", 2500),
     "store": ("tma_store(w.o_desc", "WHICH == 0", 8000),
 }
+WIDE_LATE = {
+    "loads-of-q-and-do": ("mbarrier.expect(do_ready,", None, 3000),
+    "sums": ("mbarrier.arrive(sm.do_empty", None, 3000),
+    "p": ("fence_async_shared()  # it takes long", None, 2500),
+    "ds": ("x = warpgroup_mma_wait(0, [x])\n                mbarrier.wait(sm.q_ready", None, 2500),
+    "dq-of-one": ("barrier_arrive(DO_FULL + before", "WG == 0", 2500),
+    "dq-of-the-other": ("barrier_arrive(DO_FULL + before", "WG == 1", 2500),
+}
 # D, causal, (B, H, H_KV, N_Q, N_K): dealt, drawn, split, packed; 1, 2, 3 tiles of keys; tails
 SHAPES = [
     (128, True, (4, 16, 16, 2100, 2100)),
@@ -40,17 +50,24 @@ SHAPES = [
     (256, True, (3, 20, 20, 520, 520)),
     (256, True, (1, 4, 1, 5, 190)),
 ]
+# D, causal, (B, H, H_KV, N_Q, N_K): many tiles of queries, groups, empty rows; 1, 3 and few of them
+WIDE_SHAPES = [
+    (256, True, (2, 8, 8, 1000, 1000)),
+    (256, False, (1, 8, 2, 500, 900)),
+    (192, True, (1, 2, 2, 900, 500)),
+    (256, False, (2, 20, 20, 64, 320)),
+    (256, True, (2, 20, 20, 192, 192)),
+]
 
 
-def slowed(source, name):
-    """The source of the kernel with one role sleeping where LATE says."""
-    mark, who, ns = LATE[name]
+def slowed(source, mark, who, ns):
+    """The source of the kernel with one role sleeping in front of a statement."""
     head, found, tail = source.partition(mark)
     assert found, f"{mark} is no longer in the kernel"
     indent = head[head.rindex("\n") + 1 :]
     sleep = SLEEP.format(ns) if who is None else f"if {who}:\n{indent}    {SLEEP.format(ns)}"
     text = f"{head}{sleep}\n{indent}{found}{tail}"
-    return text.replace('operator("v6_persistent"', f'operator("v7_late_{name.replace("-", "_")}"')
+    return text.replace('operator("v6_persistent"', 'operator("v6_late"')
 
 
 def load(path, name):
@@ -95,9 +112,34 @@ def compare(path, repeats):
                 assert torch.equal(x, y), (d, causal, q.shape, k.shape, i)
 
 
-def run(path, repeats):
+def compare_wide(path, repeats):
+    """The same for the backward: dK and dV to the bit, dQ as near as another order of its sum."""
+    from flashstudy.kernels import v6_persistent
+    from flashstudy.kernels import v7_wide_heads as plain
+
+    late, side = load(path, "late"), torch.cuda.Stream()
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    for d, causal, (b, h, h_kv, n_q, n_k) in WIDE_SHAPES:
+        q, do = guarded(b, h, n_q, d), guarded(b, h, n_q, d)
+        k, v = guarded(b, h_kv, n_k, d), guarded(b, h_kv, n_k, d)
+        o, lse = v6_persistent.forward(q, k, v, causal, d**-0.5, False)
+        args = (do, q, k, v, o, lse, causal, d**-0.5, False)
+        want = plain.backward(*args)
+        near = 4 * torch.finfo(q.dtype).eps * want[0].abs().max()
+        for i in range(repeats):
+            if i % 2:
+                with torch.cuda.stream(side):
+                    a @ a
+            poison(*want)
+            dq, *got = late.backward(*args, deterministic=i % 3 == 2)
+            assert (dq - want[0]).abs().max() <= near, (d, causal, q.shape, k.shape, i)
+            for x, y in zip(got, want[1:], strict=True):
+                assert torch.equal(x, y), (d, causal, q.shape, k.shape, i)
+
+
+def run(path, repeats, what="forward"):
     return subprocess.run(
-        [sys.executable, __file__, path, str(repeats)],
+        [sys.executable, __file__, path, str(repeats), what],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -113,10 +155,14 @@ def hopper():
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("name", LATE)
-def test_the_variants_apply(name):
-    text = slowed(SOURCE.read_text(), name)
-    compile(text, name, "exec")
+@pytest.mark.parametrize(
+    ("source", "late"),
+    [*((SOURCE, x) for x in LATE.values()), *((WIDE, x) for x in WIDE_LATE.values())],
+    ids=[*LATE, *WIDE_LATE],
+)
+def test_the_variants_apply(source, late):
+    text = slowed(source.read_text(), *late)
+    compile(text, "late", "exec")
     assert text.count("nanosleep") == 1
 
 
@@ -130,8 +176,23 @@ def test_repeats_are_bitwise_equal(hopper):
 @pytest.mark.parametrize("name", LATE)
 def test_timing_changes_nothing(hopper, tmp_path, name):
     path = tmp_path / "late.py"
-    path.write_text(slowed(SOURCE.read_text(), name))
+    path.write_text(slowed(SOURCE.read_text(), *LATE[name]))
     got = run(path, 25)
+    assert got.returncode == 0, got.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_repeats_of_the_wide_backward_are_bitwise_equal(hopper):
+    got = run(WIDE, 50, "backward")
+    assert got.returncode == 0, got.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WIDE_LATE)
+def test_timing_changes_nothing_in_the_wide_backward(hopper, tmp_path, name):
+    path = tmp_path / "late.py"
+    path.write_text(slowed(WIDE.read_text(), *WIDE_LATE[name]))
+    got = run(path, 10, "backward")
     assert got.returncode == 0, got.stderr[-2000:]
 
 
@@ -141,7 +202,7 @@ def test_memory_is_that_of_the_tensors(hopper):
     """No access outside an allocation; one allocation a tensor, so that none hides in a pool."""
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     got = subprocess.run(
-        [*command, sys.executable, __file__, SOURCE, "1"],
+        [*command, sys.executable, __file__, SOURCE, "1", "forward"],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -151,4 +212,4 @@ def test_memory_is_that_of_the_tensors(hopper):
 
 
 if __name__ == "__main__":
-    compare(sys.argv[1], int(sys.argv[2]))
+    {"forward": compare, "backward": compare_wide}[sys.argv[3]](sys.argv[1], int(sys.argv[2]))
