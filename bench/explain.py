@@ -588,14 +588,15 @@ def accuracy(found, winners, room):
     return header, table, said, kept
 
 
-def check(found, winners, room):
-    """Print how the predictions did; the exit code."""
+def check(found, winners, room, markdown=False):
+    """Print how the predictions did, on request as Markdown; the exit code."""
     header, table, said, promises = accuracy(found, winners, room)
-    print(tabulate(table, header, tablefmt="simple", disable_numparse=True) + "\n")
+    form, mark = ("github", "- ") if markdown else ("simple", "")
+    print(tabulate(table, header, tablefmt=form, disable_numparse=True) + "\n")
     for text in said:
-        print(text)
+        print(mark + text)
     for text, kept in promises.items():
-        print(f"{'kept' if kept else 'BROKEN'}: {text}")
+        print(f"{mark}{'kept' if kept else 'BROKEN'}: {text}")
     return 0 if all(promises.values()) else 1
 
 
@@ -684,6 +685,7 @@ Exit codes: 0 done, 1 --check below its promise or --measure failed, 2 bad argum
         help=f"{', '.join(GPUS)} (default: this machine's, without one h200)")  # fmt: skip
     add("--measure", action="store_true", help="measure it too (needs a GPU)")
     add("--check", nargs="+", metavar="FILE", help="compare with the records of bench/seqlen.py")
+    add("--markdown", action="store_true", help="with --check: print its table as Markdown")
     args = p.parse_args(argv)
     if (args.length is None) == (args.check is None):
         p.error("expected either --length or --check")
@@ -726,7 +728,7 @@ def main(argv=None):
             compared = to_check(args.check, args.ceilings)
         except (OSError, records.RecordError, LookupError) as e:
             p.error(f"argument --check: {e}")
-        return check(*compared)
+        return check(*compared, markdown=args.markdown)
     cell = seqlen.Cell(
         args.backend, args.scope, args.direction, args.dtype, args.causal, args.batch, args.embed,
         args.heads, args.kv_heads, args.length,
