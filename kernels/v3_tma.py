@@ -78,7 +78,7 @@ from . import _host
 LOG2E = tl.constexpr(_host.LOG2E)
 
 # Programs of a causal call that take turns across heads: a few times what a large GPU runs at once.
-LAST = tl.constexpr(1024)
+LAST = tl.constexpr(1 << 17)
 
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
@@ -101,7 +101,7 @@ DQ = {
     ("pointers", 256): (32, 32, 4, 1),
 }
 DKDV = {
-    ("tma", 64): (64, 64, 4, 2),
+    ("tma", 64): (32, 64, 4, 3),
     ("tma", 128): (64, 64, 4, 2),
     ("pointers", 64): (32, 64, 4, 3),
     ("pointers", 128): (32, 64, 4, 2),
@@ -181,12 +181,12 @@ def _stream_row(src, row, start, stride, N, BLOCK: tl.constexpr, TMA: tl.constex
 
 
 @triton.jit
-def _turn(tiles, CAUSAL: tl.constexpr):
-    """(pid_bh, turn) of this program: its head, and the how-manieth of the head's tiles it takes.
+def _turn(tiles, LAST: tl.constexpr, CAUSAL: tl.constexpr):
+    """(head, turn) of this program: its head of all B · H, and which of the head's tiles it takes.
 
     Head by head, because programs of one head share in L2 what they stream. Causal tiles differ in
-    work, and start with a head's heaviest. Of the last heads all the heaviest come first, then all
-    the next: what runs last, on a GPU half empty, is short.
+    work, and start with a head's heaviest, turn 0. Of the last heads first all take turn 0, then
+    all turn 1: what runs at the end, on a GPU half empty, is short.
     """
     pid = tl.program_id(0)
     head, turn = pid // tiles, pid % tiles
@@ -196,17 +196,18 @@ def _turn(tiles, CAUSAL: tl.constexpr):
         i = pid - (heads - last) * tiles
         head = tl.where(i < 0, head, heads - last + i % last)
         turn = tl.where(i < 0, turn, i // last)
-    return head.to(tl.int64), turn  # tensors may have more than 2^31 elements
+    return head, turn
 
 
 @triton.jit
-def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr):
     """(b, h, start_m) of this program."""
     tiles = tl.cdiv(N_Q, BLOCK_M)
-    pid_bh, tile = _turn(tiles, CAUSAL)
+    head, tile = _turn(tiles, LAST // BLOCK_D, CAUSAL)
     if CAUSAL:  # the last queries see most keys
         tile = tiles - 1 - tile
-    return pid_bh // H, pid_bh % H, tile * BLOCK_M
+    # 64 bits, because tensors may have more than 2^31 elements
+    return (head // H).to(tl.int64), (head % H).to(tl.int64), tile * BLOCK_M
 
 
 @triton.jit
@@ -240,7 +241,7 @@ def _forward_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
-    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
+    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, BLOCK_D, CAUSAL)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     h_kv = h // GROUP  # GROUP heads of queries share one of keys
@@ -291,7 +292,7 @@ def _dq_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ONE_BUFFER: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of one tile of queries; its loop visits the tiles that the forward's visits."""
-    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
+    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, BLOCK_D, CAUSAL)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     h_kv = h // GROUP
@@ -352,8 +353,8 @@ def _dkdv_kernel(
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dK, dV or both of one tile of keys: algorithm 2, one turn of its outer loop, but line 15."""
-    pid_bh, tile = _turn(tl.cdiv(N_K, BLOCK_N), CAUSAL)
-    b, h_kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+    head, tile = _turn(tl.cdiv(N_K, BLOCK_N), LAST // BLOCK_D, CAUSAL)
+    b, h_kv = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
     start_n = tile * BLOCK_N  # causal: the first keys are seen by most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
 

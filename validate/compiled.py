@@ -38,8 +38,8 @@ KNOWN_SPILLS = {
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
     ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (224, 696),
     ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 72),
-    ("v3_tma", 256, "bfloat16", "_dq_kernel"): (0, 48),
-    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 392),
+    ("v3_tma", 256, "bfloat16", "_dq_kernel"): (0, 8),
+    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 332),
     ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 792),
     ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 300),
 }
