@@ -34,6 +34,8 @@ KERNELS = {  # name: (table in the step's module, kernel's name there, FLOPs by 
     "forward": ("FORWARD", "_forward_kernel", 2),
     "dq": ("DQ", "_dq_kernel", 3),
     "dkdv": ("DKDV", "_dkdv_kernel", 4),
+    "dk": ("DK", "_dk_kernel", 3),  # some steps have dK and dV apart for some head dims
+    "dv": ("DV", "_dv_kernel", 2),
 }
 WARP_TILES = ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 128, 8),
               (32, 64, 4), (64, 32, 4), (128, 32, 4), (128, 32, 8), (64, 64, 8))  # fmt: skip
@@ -87,6 +89,24 @@ def only(module, kernel, row=None):
             setattr(module, name, value)
 
 
+def launched(module, kernel, tensors, causal):
+    """Whether the step launches this kernel for these tensors."""
+    seen = []
+
+    class Spy:
+        fn = object()  # unknown to `_host.launch`
+
+        def __getitem__(self, grid):
+            seen.append(grid)
+            return lambda *args, **kwargs: None
+
+    name = KERNELS[kernel][1]
+    with only(module, kernel):  # puts the name back
+        setattr(module, name, Spy())
+        launch(module, kernel, tensors, causal)
+    return bool(seen)
+
+
 @contextlib.contextmanager
 def tabled(module, kernel, row):
     """Within this context every entry of the kernel's tables is `row` (None: as shipped)."""
@@ -125,7 +145,7 @@ def make(torch, n, d, heads, kv_heads, tokens, dtype):
 
 def same(torch, kernel, got, want):
     """Whether two results of one kernel agree but for the order of their sums."""
-    picks = {"forward": (0, 1), "dq": (0,), "dkdv": (1, 2)}[kernel]
+    picks = {"forward": (0, 1), "dq": (0,), "dkdv": (1, 2), "dk": (1,), "dv": (2,)}[kernel]
     for i in picks:
         error = (got[i].double() - want[i].double()).norm()
         if not error <= 4 * torch.finfo(want[i].dtype).eps * want[i].double().norm():
@@ -134,7 +154,10 @@ def same(torch, kernel, got, want):
 
 
 def tune(torch, module, kernel, d, args):
-    """Time every candidate in every cell; a list of (score, row, TFLOP/s by cell), best first."""
+    """Time every candidate in every cell; the cells, and (score, spread, row, TFLOP/s by cell)s.
+
+    The best row comes first. None where the step launches no such kernel for this head dim.
+    """
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -149,6 +172,8 @@ def tune(torch, module, kernel, d, args):
         with torch.no_grad():
             o, lse = module.forward(q, k, v, causal, d**-0.5, False)
             tensors = (q, k, v, o, lse, do)
+            if not launched(module, kernel, tensors, causal):
+                return cells, None
             want = launch(module, kernel, tensors, causal)
             flops = KERNELS[kernel][2] * 2 * q.shape[0] * heads * n * n * d / (2 if causal else 1)
             for round_ in range(args.rounds):
@@ -216,7 +241,9 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("step", help="a kernel file with tables, such as v3_tma")
-    parser.add_argument("--kernels", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument(
+        "--kernels", nargs="+", choices=list(KERNELS), help="(default: all that the step has)"
+    )
     parser.add_argument("--head-dims", nargs="+", type=common.positive, default=[64, 128, 256])
     parser.add_argument("--lengths", nargs="+", type=common.positive, default=[512, 2048, 16384])
     parser.add_argument("--tokens", type=common.positive, default=16384, help="B·N of every cell")
@@ -248,7 +275,8 @@ def main(argv=None):
         if e.name != f"flashstudy.kernels.{args.step}":
             raise
         parser.error(f"step: no file kernels/{args.step}.py")
-    for table in (KERNELS[k][0] for k in args.kernels):
+    args.kernels = args.kernels or [k for k, (t, *_) in KERNELS.items() if hasattr(module, t)]
+    for table in (KERNELS[k][0] for k in args.kernels or KERNELS):
         rows = getattr(module, table, {}).values()
         if not rows or not all(len(r) == 4 and all(isinstance(x, int) for x in r) for r in rows):
             parser.error(
@@ -262,6 +290,9 @@ def main(argv=None):
     for kernel, d in itertools.product(args.kernels, args.head_dims):
         start = time.perf_counter()
         cells, result = tune(torch, module, kernel, d, args)
+        if result is None:
+            print(f"\n{args.step} {kernel}, head dim {d}: this step launches none")
+            continue
         head = ["score", "spread", "row", *(f"{n}{' causal' if c else ''}" for n, c in cells)]
         lines = [
             [f"{score:.3f}", f"{spread:.1%}", row or "shipped", *(f"{x:.0f}" for x in tflops)]

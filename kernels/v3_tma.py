@@ -77,6 +77,9 @@ from . import _host
 
 LOG2E = tl.constexpr(_host.LOG2E)
 
+# Programs of a causal call that take turns across heads: a few times what a large GPU runs at once.
+LAST = tl.constexpr(1 << 17)
+
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
 # turns in one buffer, and the other programs on the SM work meanwhile.
@@ -92,7 +95,7 @@ FORWARD = {
 DQ = {
     ("tma", 64): (64, 64, 4, 2),
     ("tma", 128): (128, 64, 8, 3),
-    ("tma", 256): (128, 32, 8, 2),
+    ("tma", 256): (64, 64, 4, 1),
     ("pointers", 64): (64, 64, 4, 2),
     ("pointers", 128): (64, 32, 4, 2),
     ("pointers", 256): (32, 32, 4, 1),
@@ -100,11 +103,13 @@ DQ = {
 DKDV = {
     ("tma", 64): (32, 64, 4, 3),
     ("tma", 128): (64, 64, 4, 2),
-    ("tma", 256): (64, 64, 8, 2),
     ("pointers", 64): (32, 64, 4, 3),
     ("pointers", 128): (32, 64, 4, 2),
     ("pointers", 256): (32, 32, 4, 1),
 }
+# At head dim 256, by descriptors, dV and dK have a launch each.
+DV = {("tma", 256): (128, 64, 4, 1)}
+DK = {("tma", 256): (64, 64, 4, 1)}
 # fp32 at full precision does without tensor cores, and its operands fill the registers.
 FORWARD_FP32 = {64: (32, 32, 4, 2), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)}
 DQ_FP32 = {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
@@ -176,14 +181,33 @@ def _stream_row(src, row, start, stride, N, BLOCK: tl.constexpr, TMA: tl.constex
 
 
 @triton.jit
-def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+def _turn(tiles, LAST: tl.constexpr, CAUSAL: tl.constexpr):
+    """(head, turn) of this program: its head of all B · H, and which of the head's tiles it takes.
+
+    Head by head, because programs of one head share in L2 what they stream. Causal tiles differ in
+    work, and start with a head's heaviest, turn 0. Of the last heads first all take turn 0, then
+    all turn 1: what runs at the end, on a GPU half empty, is short.
+    """
+    pid = tl.program_id(0)
+    head, turn = pid // tiles, pid % tiles
+    if CAUSAL:
+        heads = tl.num_programs(0) // tiles
+        last = tl.minimum(tl.maximum(LAST // tiles, 1), heads)
+        i = pid - (heads - last) * tiles
+        head = tl.where(i < 0, head, heads - last + i % last)
+        turn = tl.where(i < 0, turn, i // last)
+    return head, turn
+
+
+@triton.jit
+def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr):
     """(b, h, start_m) of this program."""
     tiles = tl.cdiv(N_Q, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    if CAUSAL:  # the tiles with most keys first: what runs last, on a GPU half empty, is short
+    head, tile = _turn(tiles, LAST // BLOCK_D, CAUSAL)
+    if CAUSAL:  # the last queries see most keys
         tile = tiles - 1 - tile
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)  # tensors may have more than 2^31 elements
-    return pid_bh // H, pid_bh % H, tile * BLOCK_M
+    # 64 bits, because tensors may have more than 2^31 elements
+    return (head // H).to(tl.int64), (head % H).to(tl.int64), tile * BLOCK_M
 
 
 @triton.jit
@@ -217,7 +241,7 @@ def _forward_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
-    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
+    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, BLOCK_D, CAUSAL)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     h_kv = h // GROUP  # GROUP heads of queries share one of keys
@@ -259,30 +283,31 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_kernel(
-    q_ptr, k_src, v_src, o_ptr, do_ptr, dq_ptr, lse_ptr, rows_ptr, scale, scale_log2,
+    q_src, k_src, v_src, o_src, do_src, dq_dst, lse_ptr, rows_ptr, scale, scale_log2,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     stride_dob, stride_doh, stride_dom, stride_dqb, stride_dqh, stride_dqm, stride_rows,
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ONE_BUFFER: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta of one tile of queries; its loop visits the tiles that the forward's visits."""
-    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, CAUSAL)
+    b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, BLOCK_D, CAUSAL)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
-    q_ptr += b * stride_qb + h * stride_qh
     h_kv = h // GROUP
     if not TMA:
         k_src += b * stride_kb + h_kv * stride_kh
         v_src += b * stride_vb + h_kv * stride_vh
-    o_ptr += b * stride_ob + h * stride_oh
-    do_ptr += b * stride_dob + h * stride_doh
-    dq_ptr += b * stride_dqb + h * stride_dqh
+    if not ONE_BUFFER:
+        q_src += b * stride_qb + h * stride_qh
+        o_src += b * stride_ob + h * stride_oh
+        do_src += b * stride_dob + h * stride_doh
+        dq_dst += b * stride_dqb + h * stride_dqh
 
-    q = _load(q_ptr, offs_m, stride_qm, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    o = _load(o_ptr, offs_m, stride_om, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-    do = _load(do_ptr, offs_m, stride_dom, N_Q, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    q = _stream(q_src, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, ONE_BUFFER)
+    o = _stream(o_src, b, h, start_m, stride_om, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, ONE_BUFFER)
+    do = _stream(do_src, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, ONE_BUFFER)
     lse_log2 = tl.load(lse_ptr + (b * H + h) * N_Q + offs_m, offs_m < N_Q, 0.0) * LOG2E  # [BLOCK_M]
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)  # [BLOCK_M], line 4
     rows_ptr += (b * H + h) * 2 * stride_rows + offs_m
@@ -293,13 +318,18 @@ def _dq_kernel(
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
     for start_n in range(0, hi, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
+        if ONE_BUFFER:  # V, and K in its place
+            v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 13
         k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        if not ONE_BUFFER:
+            v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         if q.dtype == tl.float32:  # without tensor cores ptxas would spill the operands of S = Q Kᵀ
             s = tl.trans(tl.dot(k, tl.trans(q), input_precision=PRECISION))
         else:
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 10
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 13
+        if not ONE_BUFFER:
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 13
         p = tl.exp2(s * scale_log2 - lse_log2[:, None])  # line 11
         if start_n >= full:  # not by s = -inf: a row without keys has lse = -inf, too
             visible = _visible(offs_m[:, None], offs_n[None, :], N_Q, N_K, CAUSAL)
@@ -307,7 +337,8 @@ def _dq_kernel(
         ds = p * (dp - delta[:, None])  # line 14
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # line 15
 
-    _store(dq_ptr, offs_m, stride_dqm, N_Q, dq * scale, HEAD_DIM, BLOCK_D)
+    dq *= scale
+    _drain(dq_dst, b, h, start_m, stride_dqm, N_Q, dq, BLOCK_M, HEAD_DIM, BLOCK_D, ONE_BUFFER)
 
 
 @triton.jit
@@ -319,12 +350,12 @@ def _dkdv_kernel(
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one tile of keys: algorithm 2, one turn of its outer loop, without line 15."""
-    tiles = tl.cdiv(N_K, BLOCK_N)
-    start_n = tl.program_id(0) % tiles * BLOCK_N
-    pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h_kv = pid_bh // (H // GROUP), pid_bh % (H // GROUP)
+    """dK, dV or both of one tile of keys: algorithm 2, one turn of its outer loop, but line 15."""
+    head, tile = _turn(tl.cdiv(N_K, BLOCK_N), LAST // BLOCK_D, CAUSAL)
+    b, h_kv = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
+    start_n = tile * BLOCK_N  # causal: the first keys are seen by most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
 
     k_ptr += b * stride_kb + h_kv * stride_kh
@@ -334,7 +365,8 @@ def _dkdv_kernel(
         dv_dst += b * stride_dvb + h_kv * stride_dvh
 
     k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D], line 6
-    v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    if DK:
+        v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -351,29 +383,52 @@ def _dkdv_kernel(
         q_head = q_src if TMA else q_src + (b * stride_qb + h * stride_qh)
         do_head = do_src if TMA else do_src + (b * stride_dob + h * stride_doh)
         row = (b * H + h) * 2
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
-        do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
-        lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, TMA)
-        delta = _stream_row(rows_src, row + 1, start_m, stride_rows, N_Q, BLOCK_M, TMA)
-        s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if DK and DV:
+            q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, TMA)
+            delta = _stream_row(rows_src, row + 1, start_m, stride_rows, N_Q, BLOCK_M, TMA)
+            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        elif DV:  # Q, and dO in its place
+            q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, False)
+            do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+        else:  # dO, and Q in its place
+            do = _stream(do_head, b, h, start_m, stride_dom, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            dp_t = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            lse_log2 = _stream_row(rows_src, row, start_m, stride_rows, N_Q, BLOCK_M, False)
+            q = _stream(q_head, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+            s_t = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            delta = _stream_row(rows_src, row + 1, start_m, stride_rows, N_Q, BLOCK_M, False)
         p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
         if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
             if start_m < full:
-                visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
+                if DV:
+                    offs_m = start_m + tl.arange(0, BLOCK_M)
+                    visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
+                else:  # the same but for keys past the end, and in fewer registers: none spills
+                    last = start_m + N_K - N_Q + tl.arange(0, BLOCK_M)[None, :]
+                    visible = offs_n[:, None] <= last
                 p_t = tl.where(visible, p_t, 0.0)
-        ds_t = p_t * (dp_t - delta[None, :])
-        dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
-        dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
+        if DV:
+            dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
+        if DK:
+            ds_t = p_t * (dp_t - delta[None, :])
+            dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)  # line 16
         start_m += BLOCK_M
         done = start_m >= N_Q
         h, start_m = tl.where(done, h + 1, h), tl.where(done, lo, start_m)
 
-    dk *= scale
-    _drain(dk_dst, b, h_kv, start_n, stride_dkn, N_K, dk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-    _drain(dv_dst, b, h_kv, start_n, stride_dvn, N_K, dv, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    if DK:
+        dk *= scale
+        _drain(dk_dst, b, h_kv, start_n, stride_dkn, N_K, dk, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+    if DV:
+        _drain(dv_dst, b, h_kv, start_n, stride_dvn, N_K, dv, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
 
+
+_dk_kernel = _dv_kernel = _dkdv_kernel  # by its work, for those who time kernels one by one
 
 # Products of 2^33 multiplications take a large GPU about 80 µs. Descriptors take the CPU that long.
 TMA_MIN_WORK = 1 << 33
@@ -443,27 +498,37 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     # dO. The rows of a descriptor start at multiples of 16 bytes.
     rows = torch.empty((B * H * 2, -(-N_Q // 4) * 4), dtype=torch.float32, device=q.device)
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, do, dk, dv)
+    path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, do, o, dq, dk, dv)
     m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, allow_tf32)
-    k_src, v_src = k, v
+    apart = path == "tma" and d == 256
+    q_src, k_src, v_src, o_src, do_src, dq_dst = q, k, v, o, do, dq
     if path == "tma":
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)
+    if apart:
+        q_src, o_src = _describe(q, m, d), _describe(o, m, d)
+        do_src, dq_dst = _describe(do, m, d), _describe(dq, m, d)
     _dq_kernel[(-(-N_Q // m) * B * H,)](  # first: it computes the rows
-        q, k_src, v_src, o, do, dq, lse, rows, scale, scale * _host.LOG2E,
+        q_src, k_src, v_src, o_src, do_src, dq_dst, lse, rows, scale, scale * _host.LOG2E,
         *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], rows.stride(0),
-        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", apart, **how,
     )  # fmt: skip
-    m, n, d, precision, how = _tiles(DKDV, DKDV_FP32, path, q, allow_tf32)
-    q_src, do_src, rows_src, dk_dst, dv_dst = q, do, rows, dk, dv
-    if path == "tma":
-        q_src, do_src = _describe(q, m, d), _describe(do, m, d)
-        dk_dst, dv_dst = _describe(dk, n, d), _describe(dv, n, d)
-        rows_src = TensorDescriptor(rows, [B * H * 2, N_Q], [rows.stride(0), 1], [1, m])
-    _dkdv_kernel[(-(-N_K // n) * B * H_KV,)](
-        q_src, k, v, do_src, dk_dst, dv_dst, rows_src, scale, scale * _host.LOG2E,
-        *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], rows.stride(0),
-        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
-    )  # fmt: skip
+    launches = ((_dkdv_kernel, DKDV, True, True),)
+    if apart:
+        launches = (_dv_kernel, DV, False, True), (_dk_kernel, DK, True, False)
+    for kernel, table, with_dk, with_dv in launches:
+        m, n, d, precision, how = _tiles(table, DKDV_FP32, path, q, allow_tf32)
+        q_src, do_src, rows_src, dk_dst, dv_dst = q, do, rows, dk, dv
+        if path == "tma":
+            q_src, do_src = _describe(q, m, d), _describe(do, m, d)
+            dk_dst, dv_dst = _describe(dk, n, d), _describe(dv, n, d)
+            if not apart:
+                rows_src = TensorDescriptor(rows, [B * H * 2, N_Q], [rows.stride(0), 1], [1, m])
+        kernel[(-(-N_K // n) * B * H_KV,)](
+            q_src, k, v, do_src, dk_dst, dv_dst, rows_src, scale, scale * _host.LOG2E,
+            *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], rows.stride(0),
+            H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma",
+            with_dk, with_dv, **how,
+        )  # fmt: skip
     return dq, dk, dv
 
 

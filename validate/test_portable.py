@@ -4,8 +4,12 @@ Values and gradients against fp64 over ragged shapes, grouped heads, causal offs
 strides and extreme logits; repeats bit by bit; the rules that choose a tile and a path.
 """
 
+import itertools
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from flashstudy.bench import tune
 from flashstudy.kernels import _host, v2_lean, v3_tma
 from flashstudy.validate import errors
@@ -51,6 +55,12 @@ def test_values(attention, n_q, n_k, d, causal):
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
 def test_grouped_heads(attention, heads):
     judge(attention, *inputs(40, 67, 16, heads, batch=2), causal=True)
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "d"), [(70, 135, 256), (135, 70, 200)])
+def test_widest_heads(attention, n_q, n_k, d):
+    """Two tiles of queries and of keys where v3 through descriptors has dK and dV apart."""
+    judge(attention, *inputs(n_q, n_k, d, heads=(2, 1)), causal=True)
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, -0.2, 1e3])
@@ -123,20 +133,41 @@ def test_paths():
 @pytest.mark.parametrize("module", [v2_lean, v3_tma])
 def test_every_head_dim_has_a_tile(module):
     keys = ["tma", "pointers"] if module is v3_tma else [(9, 0), (8, 0), (12, 0)]
-    for kernel in ("FORWARD", "DQ", "DKDV"):
-        tables = getattr(module, kernel), getattr(module, f"{kernel}_FP32")
-        for key in keys:
-            for d in (1, 16, 17, 64, 65, 128, 129, 256):
-                for fp32 in (False, True):
-                    row = module._config(*tables, key, d, fp32)
-                    assert len(row) == 4
-                    assert all(x & (x - 1) == 0 for x in row[:3])
+    for key, d, fp32 in itertools.product(keys, (1, 16, 17, 64, 65, 128, 129, 256), (False, True)):
+        keys_kernels = ("DK", "DV") if key == "tma" and d > 128 else ("DKDV",)
+        for kernel in ("FORWARD", "DQ", *keys_kernels):
+            fp32_table = getattr(module, f"{'DKDV' if kernel in ('DK', 'DV') else kernel}_FP32")
+            row = module._config(getattr(module, kernel), fp32_table, key, d, fp32)
+            assert len(row) == 4
+            assert all(x & (x - 1) == 0 for x in row[:3])
+
+
+@triton.jit
+def turns_kernel(out, tiles, LAST: tl.constexpr, CAUSAL: tl.constexpr):
+    head, turn = v3_tma._turn(tiles, LAST, CAUSAL)
+    tl.store(out + tl.program_id(0) * 2, head)
+    tl.store(out + tl.program_id(0) * 2 + 1, turn)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "tiles"), [(1, 1), (5, 3), (3, 150), (7, 40), (3, 210), (80, 5)])
+def test_turns(heads, tiles, causal):
+    """Every tile has one program; of the last heads, causal, the heaviest tiles come first."""
+    out = torch.empty(heads * tiles, 2, dtype=torch.int64)
+    turns_kernel[(heads * tiles,)](out, tiles, 200, causal)
+    last = min(max(200 // tiles, 1), heads) if causal else 0
+    first = [(h, t) for h in range(heads - last) for t in range(tiles)]
+    assert out.tolist() == [list(x) for x in first] + [
+        [h, t] for t in range(tiles) for h in range(heads - last, heads)
+    ]
 
 
 @pytest.mark.parametrize("module", [v2_lean, v3_tma])
 @pytest.mark.parametrize("kernel", tune.KERNELS)
 def test_tuner_puts_its_row_in_and_takes_it_out(module, kernel):
     """Under the tuner a step launches one kernel only, with the candidate's tile."""
+    if not hasattr(module, tune.KERNELS[kernel][0]):
+        pytest.skip("the step has no such kernel")
     before = dict(vars(module))
     q, k, v, do = inputs(20, 33, 16)
     o, lse = module.forward(q, k, v, False, 0.25, False)
@@ -147,6 +178,8 @@ def test_tuner_puts_its_row_in_and_takes_it_out(module, kernel):
         assert (32, 16, 4, 1) in getattr(module, tune.KERNELS[kernel][0]).values()
         running = [n for n in before if n.endswith("_kernel") and vars(module)[n] is before[n]]
         assert running == [tune.KERNELS[kernel][1]]
+    here = kernel not in ("dk", "dv")  # those are for descriptors
+    assert tune.launched(module, kernel, (q, k, v, o, lse, do), False) == here
     assert {n: vars(module)[n] for n in before} == before  # the interpreter adds names of its own
 
 

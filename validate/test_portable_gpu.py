@@ -147,7 +147,8 @@ from flashstudy.kernels import v2_lean, v3_tma
 for module, work in ((v2_lean, None), (v3_tma, 1), (v3_tma, 1 << 60)):
     if work:
         v3_tma.TMA_MIN_WORK = work
-    for h_kv, n_q, n_k, d in ((1, 70, 600, 128), (2, 130, 65, 64), (2, 33, 100, 40)):
+    shapes = ((1, 70, 600, 128), (2, 130, 65, 64), (2, 33, 100, 40), (1, 70, 130, 256))
+    for h_kv, n_q, n_k, d in shapes:
         q, do = (torch.randn(1, 2, n_q, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         k, v = (torch.randn(1, h_kv, n_k, d, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         o, lse = module.forward(q, k, v, True, 0.1, False)
