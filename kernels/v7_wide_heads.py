@@ -51,14 +51,14 @@ The writer has the copy engine add or store what it finds, waits until that has 
 gives the place back to the loader: an `empty` barrier. At the end of a key tile dV and dK go first,
 since the next K and V wait for them; the next Q and dO are on their way by then.
 
-**What bounds it is L2.** One iteration of a CTA (64 queries by 64 keys) is 10.5 MFLOP, 2560 clocks
-of the tensor cores. Shared memory at 128 bytes a clock: S 64 KiB, dP 64, dV 48, dK 48, dQ 64, P and
-dS 24, dQ written and read by the copy engine 128, Q and dO arriving 64: 504 KiB, 4032 clocks. And
-for each 64 keys (v7: 128) Q and dO are read and 4 bytes an element added to dQ: 128 KiB through L2,
-at 500 TFLOP/s 6.2 TB/s over 132 multiprocessors. So a slot's way, dQ out and the next tile in, is
-long, and the order of an iteration is the one that leaves it most time: dO's place is given back at
-once, Q's with P, and S(j) is asked for late. What was tried, at N = 16384 and in turns
-with this order, TFLOP/s (full mask):
+**What bounds it** is, as the variants below say, the way through L2. One iteration of a CTA (64
+queries by 64 keys) is 10.5 MFLOP, 2560 clocks of the tensor cores. Shared memory at 128 bytes a
+clock: S 64 KiB, dP 64, dV 48, dK 48, dQ 64, P and dS 24, dQ written and read by the copy engine
+128, Q and dO arriving 64: 504 KiB, 4032 clocks. And for each 64 keys (v7: 128) Q and dO are read
+and 4 bytes an element added to dQ: 128 KiB through L2, at 500 TFLOP/s 6.2 TB/s over 132
+multiprocessors. So a slot's way, dQ out and the next tile in, is long, and the order of an
+iteration is the one that leaves it time: dO's place is given back at once, Q's with P, and S(j) is
+asked for late. What was tried, at N = 16384 and in turns with this order, TFLOP/s (full mask):
 
     S(j) before the second half of dQ                                379 for 509
       the same with dQ not added; with Q and dO loaded once          550; 559
