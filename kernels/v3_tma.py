@@ -26,6 +26,17 @@ and 162 registers a thread at D = 128, and three programs share an SM; at D = 25
     program 1            K │ S │ softmax │ PV │ K │ S │ softmax │ PV │ …      the gaps of one are
     program 2                    K │ S │ softmax │ PV │ K │ S │ softmax │ …   the products of others
 
+The last heads of a causal call are started in another order for it: where so many programs run at
+once, v2's order, all tiles of a head, then of the next, leaves the last heads' heavy tiles to a GPU
+half empty. Here those come first of several heads (`_turn`).
+
+The backward at D = 256 is made small, too. Two accumulators of 64 × 256 are 256 registers a thread,
+one more than it has: dK and dV in one kernel take eight warps, spill, and fill an SM alone. So each
+has a launch of its own, with four warps a program, and computes S and P for itself: eight products
+in place of seven, but two programs an SM. Tiles come one by one, each in the last one's place:
+
+    dV   Q, S │ dO, dV             dK   dO, dP │ Q, S, dK             dQ   V, dP │ K, S, dQ
+
 Tiles in flight and larger tiles take the room of the third program (of the second at D = 256), and
 were slower. So was a single program that keeps its own tensor cores busy by weighing V a tile late,
 under the next tile's softmax (FlashAttention-3, arXiv 2407.08608, algorithm 2).
@@ -44,11 +55,10 @@ Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v2 → v3
     D = 64   forward  333 → 333, 395 → 427, 417 → 455    causal  216 → 222, 340 → 365, 408 → 442
              backward 290 → 294, 332 → 356, 342 → 380    causal  175 → 223, 271 → 329, 313 → 366
     D = 128  backward 284 → 312, 361 → 417, 382 → 465    causal  198 → 226, 310 → 361, 377 → 444
-    D = 256  backward 186 → 204, 228 → 259, 230 → 262    causal  145 → 159, 212 → 239, 256 → 295
 
-(D = 256: the two backward kernels timed one by one, O, dK and dV stored through pointers.) And the
-forward at D = 128 and 256, each in one run of 2026-11-27, by BLOCK_M × BLOCK_N, num_stages; beside
-it Triton's tutorial kernel, restated, with the best of three such tiles, and cuDNN:
+(Causal: all heads one by one.) The forward at D = 128 and 256, causal ones so, too, each in one run
+of 2026-11-27, by BLOCK_M × BLOCK_N, num_stages; beside it Triton's tutorial kernel, restated, with
+the best of three such tiles, and cuDNN:
 
     D = 128, N         full  512  2048  4096  16384      causal  512  2048  4096  16384
     64 × 128, 1             427   559   580    604              292   460   498    569
@@ -62,6 +72,20 @@ it Triton's tutorial kernel, restated, with the best of three such tiles, and cu
     64 × 128, 1             448         644    656              291         503    595
     128 × 64, 2             367         517    530              246         443    526
     cuDNN                   530         715    744              353         583    642
+
+The backward at D = 256, N = 512, 4096 and 16384 in one run of 2026-11-27: dK and dV in one kernel
+(64 × 64, dQ 128 × 32, eight warps, two stages) → apart; cuDNN in brackets:
+
+    full    203 → 241 (238)    260 → 319 (391)    255 → 326 (364)
+    causal  158 → 187 (175)    248 → 305 (346)    275 → 335 (380)
+
+dV by eight warps, 64 × 128, two stages, was as fast. In the same run the causal forward at D = 128:
+
+    N                           512  1024  2048  4096  16384     1024 with B · H = 64
+    all heads one by one        277   355   428   473    534      290
+    the last heads in turns     274   376   446   506    560      351
+
+(Both new sides before `_turn` divided in 32 bits, which has not been timed.)
 
 Left out: Triton's own warp specialisation (`tl.range(..., warp_specialize=True)`), which triton 3.6
 compiles into the same kernel here, or into one that spills; and programs that stay for several
@@ -77,8 +101,9 @@ from . import _host
 
 LOG2E = tl.constexpr(_host.LOG2E)
 
-# Programs of a causal call that take turns across heads: a few times what a large GPU runs at once.
-LAST = tl.constexpr(1 << 17)
+# So many programs at the end of a causal call are ordered across heads; by whether two or three
+# share an SM, twice to three times what an H200 runs at once.
+LAST, LAST_WIDE = tl.constexpr(1024), tl.constexpr(512)
 
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
@@ -107,7 +132,7 @@ DKDV = {
     ("pointers", 128): (32, 64, 4, 2),
     ("pointers", 256): (32, 32, 4, 1),
 }
-# At head dim 256, by descriptors, dV and dK have a launch each.
+# At head dim 256 with descriptors dV and dK have a launch each.
 DV = {("tma", 256): (128, 64, 4, 1)}
 DK = {("tma", 256): (64, 64, 4, 1)}
 # fp32 at full precision does without tensor cores, and its operands fill the registers.
@@ -181,18 +206,18 @@ def _stream_row(src, row, start, stride, N, BLOCK: tl.constexpr, TMA: tl.constex
 
 
 @triton.jit
-def _turn(tiles, LAST: tl.constexpr, CAUSAL: tl.constexpr):
-    """(head, turn) of this program: its head of all B · H, and which of the head's tiles it takes.
+def _turn(tiles, ACROSS: tl.constexpr, CAUSAL: tl.constexpr):
+    """(head, turn) of this program: its head of all, and which of that head's tiles it takes.
 
     Head by head, because programs of one head share in L2 what they stream. Causal tiles differ in
-    work, and start with a head's heaviest, turn 0. Of the last heads first all take turn 0, then
-    all turn 1: what runs at the end, on a GPU half empty, is short.
+    work, and start with a head's heaviest, turn 0. The last ACROSS programs take turn 0 of all
+    their heads, then turn 1 of all: what runs at the end, on a GPU half empty, is short.
     """
     pid = tl.program_id(0)
     head, turn = pid // tiles, pid % tiles
     if CAUSAL:
         heads = tl.num_programs(0) // tiles
-        last = tl.minimum(tl.maximum(LAST // tiles, 1), heads)
+        last = tl.minimum(tl.maximum(ACROSS // tiles, 1), heads)
         i = pid - (heads - last) * tiles
         head = tl.where(i < 0, head, heads - last + i % last)
         turn = tl.where(i < 0, turn, i // last)
@@ -203,7 +228,7 @@ def _turn(tiles, LAST: tl.constexpr, CAUSAL: tl.constexpr):
 def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr):
     """(b, h, start_m) of this program."""
     tiles = tl.cdiv(N_Q, BLOCK_M)
-    head, tile = _turn(tiles, LAST // BLOCK_D, CAUSAL)
+    head, tile = _turn(tiles, LAST_WIDE if BLOCK_D > 128 else LAST, CAUSAL)
     if CAUSAL:  # the last queries see most keys
         tile = tiles - 1 - tile
     # 64 bits, because tensors may have more than 2^31 elements
@@ -352,8 +377,9 @@ def _dkdv_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV or both of one tile of keys: algorithm 2, one turn of its outer loop, but line 15."""
-    head, tile = _turn(tl.cdiv(N_K, BLOCK_N), LAST // BLOCK_D, CAUSAL)
+    """dK, dV or both of one tile of keys: algorithm 2, one turn of its outer loop, no line 15."""
+    tiles = tl.cdiv(N_K, BLOCK_N)
+    head, tile = _turn(tiles, LAST_WIDE if BLOCK_D > 128 else LAST, CAUSAL)
     b, h_kv = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
     start_n = tile * BLOCK_N  # causal: the first keys are seen by most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -408,7 +434,7 @@ def _dkdv_kernel(
                 if DV:
                     offs_m = start_m + tl.arange(0, BLOCK_M)
                     visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
-                else:  # the same but for keys past the end, and in fewer registers: none spills
+                else:  # the same but for keys past the end, in fewer registers: none spills
                     last = start_m + N_K - N_Q + tl.arange(0, BLOCK_M)[None, :]
                     visible = offs_n[:, None] <= last
                 p_t = tl.where(visible, p_t, 0.0)
@@ -428,7 +454,7 @@ def _dkdv_kernel(
         _drain(dv_dst, b, h_kv, start_n, stride_dvn, N_K, dv, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
 
 
-_dk_kernel = _dv_kernel = _dkdv_kernel  # by its work, for those who time kernels one by one
+_dk_kernel = _dv_kernel = _dkdv_kernel  # names to time each by, where they are launched apart
 
 # Products of 2^33 multiplications take a large GPU about 80 µs. Descriptors take the CPU that long.
 TMA_MIN_WORK = 1 << 33
@@ -500,7 +526,7 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, do, o, dq, dk, dv)
     m, n, d, precision, how = _tiles(DQ, DQ_FP32, path, q, allow_tf32)
-    apart = path == "tma" and d == 256
+    apart = path == "tma" and d == 256  # and dQ from the same small programs
     q_src, k_src, v_src, o_src, do_src, dq_dst = q, k, v, o, do, dq
     if path == "tma":
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)

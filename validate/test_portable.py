@@ -143,8 +143,8 @@ def test_every_head_dim_has_a_tile(module):
 
 
 @triton.jit
-def turns_kernel(out, tiles, LAST: tl.constexpr, CAUSAL: tl.constexpr):
-    head, turn = v3_tma._turn(tiles, LAST, CAUSAL)
+def turns_kernel(out, tiles, ACROSS: tl.constexpr, CAUSAL: tl.constexpr):
+    head, turn = v3_tma._turn(tiles, ACROSS, CAUSAL)
     tl.store(out + tl.program_id(0) * 2, head)
     tl.store(out + tl.program_id(0) * 2 + 1, turn)
 
