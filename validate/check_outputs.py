@@ -52,6 +52,8 @@ if __name__ in ("__main__", "__mp_main__"):  # as a script, or as one of its wor
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are enough processes
 
 from flashstudy.backends import BACKENDS, load, why_not  # noqa: E402
+from flashstudy.bench import common  # noqa: E402
+from flashstudy.figures.records import read  # noqa: E402
 from flashstudy.validate import cases, errors, faults  # noqa: E402
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -641,7 +643,9 @@ def parse(argv=None):
     add("--self-test", action="store_true", help="feed broken backends to the check instead")
     add("--list", action="store_true", help="print what would run, and why the rest would not")
     add("--jobs", type=_jobs, help="worker processes; 0: none; default: by device and cores")
-    add("--json", metavar="FILE", help="write a JSON line per case, as soon as it is judged")
+    add("--json", metavar="FILE",
+        help="write a JSON line per case, as soon as it is judged; the same command goes on from"
+             " there, but for cases of which the code has changed since")  # fmt: skip
     args = parser.parse_args(argv)
     args.backends = args.backends and [name for part in args.backends for name in part]
     args.dtype = [name for part in args.dtype for name in part]
@@ -653,7 +657,7 @@ def parse(argv=None):
         args.jobs = min(os.cpu_count() or 1, 16 if args.device == "cuda" else 2)
     if args.json:
         try:
-            open(args.json, "w").close()
+            open(args.json, "a").close()
         except OSError as e:
             parser.error(f"argument --json: {e}")
     return args
@@ -725,6 +729,41 @@ def _about(device, options):
     }
 
 
+def judged(path, about):
+    """The records that a --json file of the same run holds, and still true ones; [] for a new file.
+
+    Raises ValueError where it is of another run, on another machine or with other options.
+    """
+    lines = read(path)
+    if not lines:
+        return []
+    before = lines[0].get("about", {})
+    if differ := [k for k in about if k != "utc" and before.get(k) != about[k]]:
+        was, now = ({k: a.get(k) for k in differ} for a in (before, about))
+        raise ValueError(f"{path} is of another run: expected {now}, got {was}; name another file")
+    return [_infinite(r) for r in lines[1:] if r["source"] == _source(r["backend"])]
+
+
+@functools.cache
+def _source(name):
+    """Fingerprint of a backend and of what is asked of it."""
+    return common.source(name, ("validate/cases.py", "validate/errors.py"))
+
+
+def _key(record):
+    return tuple(record[k] for k in ("backend", "dtype", "family", "case"))
+
+
+def without(work, records):
+    """What of the work is not judged yet."""
+    done = {_key(r) for r in records}
+    left = (
+        [(n, c, d) for n, c, d in part if (n, DTYPE_NAMES[d], c.family, c.name) not in done]
+        for part in work
+    )
+    return [part for part in left if part]
+
+
 def main(argv=None):
     args = parse(argv)
     began = time.monotonic()
@@ -749,18 +788,25 @@ def main(argv=None):
         print("\n".join(f"not run: {s}" for s in skipped))
         return 0
 
+    about |= {"quick": args.quick}
+    try:
+        known = judged(args.json, about) if args.json else []
+    except (OSError, ValueError) as e:
+        print(f"{sys.argv[0]}: error: argument --json: {e}", file=sys.stderr)
+        return 2
     total = sum(map(len, work))
-    print(f"{total} cases, {args.jobs or 'no'} worker processes")
+    work = without(work, known)
+    left = sum(map(len, work))
+    gone = f", {total - left} of them judged already" if known else ""
+    print(f"{total} cases{gone}, {args.jobs or 'no'} worker processes")
     with (
-        tqdm(total=total, unit="case", mininterval=1 if sys.stderr.isatty() else 15) as bar,
-        open(args.json, "w") if args.json else contextlib.nullcontext() as file,
+        tqdm(total=left, unit="case", mininterval=1 if sys.stderr.isatty() else 15) as bar,
+        _continued(args.json, about, known) if args.json else contextlib.nullcontext() as file,
     ):
-        if file:
-            file.write(json.dumps({"about": about | {"quick": args.quick}}) + "\n")
 
         def show(record):
             if file:
-                file.write(json.dumps(_finite(record)) + "\n")
+                file.write(_line(record))
                 file.flush()
             bar.set_postfix_str(f"{record['backend']} {record['dtype']}", refresh=False)
             bar.update()
@@ -774,6 +820,7 @@ def main(argv=None):
             for name, case, dtype in (task for part in work for task in part):
                 records.append(judge(_candidate(name), case, dtype, args.device))
                 show(records[-1])
+    records = known + records
     code = report(records, skipped, time.monotonic() - began)
     if args.backends:  # asked for by name, so it has to have run
         missing = [n for n in args.backends if all(r["backend"] != n for r in records)]
@@ -783,11 +830,35 @@ def main(argv=None):
     return code
 
 
+def _line(record):
+    """A record as a line of --json, with the fingerprint of what it is of."""
+    return json.dumps(_finite(record | {"source": _source(record["backend"])})) + "\n"
+
+
+def _continued(path, about, known):
+    """The --json file, open for what follows the records known; these and `about` are in it."""
+    new = f"{path}.new"
+    with open(new, "w") as file:
+        file.write(json.dumps({"about": about}) + "\n")
+        file.writelines(map(_line, known))
+    os.replace(new, path)
+    return open(path, "a")
+
+
 def _finite(x):
     """JSON has no infinity: null stands for it."""
     if isinstance(x, dict):
         return {k: _finite(v) for k, v in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def _infinite(record):
+    """A record of a file as it was: null among the statistics stands for infinity."""
+    stats = {
+        name: {k: math.inf if v is None else v for k, v in stat.items()}
+        for name, stat in record["stats"].items()
+    }
+    return record | {"stats": stats}
 
 
 if __name__ == "__main__":

@@ -68,6 +68,52 @@ def test_native_and_interpreted_backends_pass(tmp_path, monkeypatch):
     assert 0.1 < worst <= 1
 
 
+def test_the_same_command_judges_what_is_not_judged_yet(tmp_path, monkeypatch, capsys):
+    """After a run that was cut, with a line half written, and for a case of other code."""
+    file = tmp_path / "out.jsonl"
+    arguments = [
+        "--backends",
+        "naive",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+        "--jobs",
+        "0",
+        "--quick",
+    ]
+    few = [
+        c for c in cases.grid("naive", "cpu", FP32, backward=True, interpreted=False, quick=True)
+        if c.family == "shapes"
+    ][:5]  # fmt: skip
+    monkeypatch.setattr(cases, "grid", lambda *_, **__: few)
+    assert check_outputs.main([*arguments, "--json", str(file)]) == 0
+    about, *lines = file.read_text().splitlines(keepends=True)
+    capsys.readouterr()
+    stale = json.dumps(json.loads(lines[1]) | {"source": "other", "status": "fail"}) + "\n"
+    file.write_text("".join([about, lines[0], stale, lines[2], lines[3][:40]]))
+
+    asked = []
+    judge = check_outputs.judge
+    monkeypatch.setattr(
+        check_outputs,
+        "judge",
+        lambda c, case, *rest: asked.append(case.name) or judge(c, case, *rest),
+    )
+    assert check_outputs.main([*arguments, "--json", str(file)]) == 0
+    assert "5 cases, 2 of them judged already" in capsys.readouterr().out
+    assert asked == [few[1].name, few[3].name, few[4].name]
+    rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert sorted(r["case"] for r in rows) == sorted(c.name for c in few)
+    assert {r["status"] for r in rows} == {"ok"}
+
+    assert (
+        check_outputs.main([*arguments[:-1], "--json", str(file)]) == 2
+    )  # not --quick: another run
+    assert "is of another run" in capsys.readouterr().err
+    assert len(file.read_text().splitlines()) == 6
+
+
 def test_self_test_passes():
     out = command("--self-test", "--dtype", "bf16", "--device", "cpu")
     assert "every broken backend was rejected" in out
