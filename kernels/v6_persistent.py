@@ -103,8 +103,16 @@ In the same turns with every tile's maximum, as up to that day: full 385 483 520
 476 656 684, causal 244 422 495, 315 547 604 and 320 595 676. So leaving it out is 1.00 to 1.21
 times as fast, 1.10 on average. Long calls draw the 700 W that the GPU may, and there an instruction
 less is clock. The other way round where the maximum must be taken: scores that climb by 2²⁰ from
-tile to tile, each of them computed twice, ran at 0.71 (D=128) and 0.66 (D=64) of the speed of the
-kernel that always takes it. Normally distributed ones with a deviation of 3 ran at full speed.
+tile to tile, each of them computed twice, ran at 0.71 (D=128), 0.83 (D=256) and 0.66 (D=64) of the
+speed of the kernel that always takes it. Normally distributed ones with a deviation of 3 ran at
+full speed, with one of 10 at 0.98 to 0.99. (These with the bound 2¹⁵ for bf16, too.)
+
+Beside the libraries, all in turns of one run of the same day (`bench/peers.py`), it reached, in
+brackets flash-attn 4, at N = 512 / 2048 / 16384:
+
+            D=64                         D=128                        D=256
+    full    417 529 621 (320 480 552)    563 731 734 (442 623 735)    535 739 761 (489 706 778)
+    causal  267 362 563 (178 378 548)    360 622 795 (258 532 656)    331 621 753 (290 588 763)
 
 The third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in
 turns).

@@ -102,15 +102,15 @@ Measured, TFLOP/s with everything between dO and the finished gradients, in brac
 flash-attn 4 in the same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton
 3.6.0; 2026-11-27), at N = 512, 2048 and 16384:
 
-    D = 64   full    373 (279 / 340)   500 (402 / 476)   557 (451 / 535)
-             causal  207 (170 / 216)   414 (320 / 391)   526 (438 / 538)
-    D = 128  full    392 (337 / 358)   558 (480 / 534)   616 (530 / 608)
-             causal  230 (211 / 242)   485 (412 / 480)   610 (526 / 594)
+    D = 64   full    374 (281 / 337)   522 (403 / 463)   586 (441 / 529)
+             causal  214 (169 / 217)   415 (299 / 413)   535 (419 / 522)
+    D = 128  full    393 (340 / 357)   574 (490 / 562)   604 (544 / 595)
+             causal  238 (211 / 241)   500 (415 / 480)   618 (492 / 615)
 
-That was before the three launches overlapped. In turns with and without the overlap (and the two
-small kernels turned round; sections of 20 MiB with it, 40 MiB without), on the same day: N = 512
-+3 % (D = 128, both masks) and +6 % (D = 64, causal), N = 2048 +1 %; at 16384, where the small
-kernels are a fortieth of the time, 0 to -2 %.
+What the overlap of the three launches is worth (in turns with and without it, and the two small
+kernels turned round; sections of 20 MiB with it, 40 MiB without; same day): N = 512 +3 % (D = 128,
+both masks) and +6 % (D = 64, causal), N = 2048 +1 %; at 16384, where the small kernels are a
+fortieth of the time, 0 to -2 %.
 """
 
 from typing import NamedTuple

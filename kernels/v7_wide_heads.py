@@ -75,12 +75,14 @@ slot with it.
 Limits: fp16 and bf16, head dim up to 256; the copy engine pads to 256 with zeros, so that 136 costs
 as much. dK and dV are bitwise repeatable, dQ if asked for.
 
-Measured, TFLOP/s with everything between dO and the finished gradients, in brackets v3 / cuDNN in
-turns with it (H200, bf16, D = 256, 16,384 tokens, hidden size 2048; torch 2.11.0, triton 3.6.0;
-2026-11-27; dV and dK went out after the last dQ then), at N = 512, 2048, 4096 and 16384:
+Measured, TFLOP/s with everything between dO and the finished gradients, in brackets cuDNN /
+flash-attn 4 in turns with it (H200, bf16, D = 256, 16,384 tokens, hidden size 2048; torch 2.11.0,
+triton 3.6.0; 2026-11-27), at N = 512, 2048, 4096 and 16384:
 
-    full    295 (203 / 233)   434 (249 / 348)   469 (257 / 392)   507 (248 / 352)
-    causal  191 (157 / 174)   372 (226 / 312)   430 (251 / 359)   503 (279 / 392)
+    full    301 (238 / 250)   435 (348 / 338)   466 (385 / 360)   503 (351 / 374)
+    causal  204 (177 / 176)   398 (323 / 302)   442 (346 / 324)   494 (365 / 359)
+
+`v3_tma`, with kernels of its own for dK, dV and dQ, reached 240 300 314 307 and 187 294 305 332.
 """
 
 from triton.experimental import gluon
