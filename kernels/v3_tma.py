@@ -85,8 +85,9 @@ dV by eight warps, 64 × 128, two stages, was as fast. In the same run the causa
     all heads one by one        277   355   428   473    534      290
     the last heads in turns     274   376   446   506    560      351
 
-(Both new sides before `_turn` divided in 32 bits. As it stands, in another run of that day: backward
-at D = 256 240 314 323 full and 188 314 327 causal, forward at D = 128 causal 284, 515 at 4096, 566.)
+(Both new sides before `_turn` divided in 32 bits. As it stands, in another run of that day, at N =
+512, 4096 and 16384: backward at D = 256 240 314 323 full and 188 314 327 causal, causal forward at
+D = 128 284 515 566.)
 
 Left out: Triton's own warp specialisation (`tl.range(..., warp_specialize=True)`), which triton 3.6
 compiles into the same kernel here, or into one that spills; and programs that stay for several
