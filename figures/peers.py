@@ -13,7 +13,6 @@ import sys
 from flashstudy.figures import cli, grid, records, style
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
 
 TITLE = {"fontsize": 11.5, "pad": 4}  # of a panel
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "||||")  # of the peers: a grey print tells them
@@ -74,10 +73,10 @@ def panel(ax, found, d, causal, lengths, order, looks, ours, peers):
         ratio = grid.ratio(of_cell, last[0], peers) if last else None
         if ratio is not None:
             ax.annotate(
-                f"{ratio:.2f}", (at, tallest), xytext=(0, 2), textcoords="offset points",
+                f"{ratio:.2f}", (at, tallest), xytext=(0, 4.5), textcoords="offset points",
                 ha="center", fontsize=9, fontweight="bold" if ratio >= 1 else "normal",
                 color=style.BLACK if ratio >= 1 else style.RED,
-                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
             )  # fmt: skip
         if grid.MATMUL in of_cell and of_cell[grid.MATMUL]["status"] == "ok":
             ceiling = grid.tflops(of_cell[grid.MATMUL])
@@ -112,7 +111,7 @@ def draw_one(found, direction, dtype):
         for i, d in enumerate(head_dims)
         for j, causal in enumerate(masks)
     )
-    axes[0][0].set_ylim(0, highest * 1.12)
+    axes[0][0].set_ylim(0, highest * 1.15)
     for row in axes:
         row[0].set_ylabel("TFLOP/s")
         for ax in row[1:]:
