@@ -245,3 +245,17 @@ if MISSING is None:
             pack=1,
         )
         return voted != 0
+
+
+def section(units, most):
+    """Heads in a section of a list that is ordered heaviest tile first within sections: at most so
+    many, and in every section as many.
+
+    A last section of few heads has fewer long tiles than there are multiprocessors, and while these
+    are at work no section follows to fill the others.
+    """
+    most = max(1, min(units, most))
+    for size in range(most, most // 2, -1):
+        if units % size == 0:
+            return size
+    return -(-units // -(-units // most))

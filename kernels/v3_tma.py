@@ -103,10 +103,6 @@ from . import _host
 
 LOG2E = tl.constexpr(_host.LOG2E)
 
-# So many programs at the end of a causal call are ordered across heads; by whether two or three
-# share an SM, twice to three times what an H200 runs at once.
-LAST, LAST_WIDE = tl.constexpr(1024), tl.constexpr(512)
-
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
 # turns in one buffer, and the other programs on the SM work meanwhile.
@@ -213,7 +209,8 @@ def _turn(tiles, ACROSS: tl.constexpr, CAUSAL: tl.constexpr):
 
     Head by head, because programs of one head share in L2 what they stream. Causal tiles differ in
     work, and start with a head's heaviest, turn 0. The last ACROSS programs take turn 0 of all
-    their heads, then turn 1 of all: what runs at the end, on a GPU half empty, is short.
+    their heads, then turn 1 of all: what runs at the end, on a GPU half empty, is short. Callers
+    say, by whether two or three share an SM, twice to three times what an H200 runs at once.
     """
     pid = tl.program_id(0)
     head, turn = pid // tiles, pid % tiles
@@ -230,7 +227,7 @@ def _turn(tiles, ACROSS: tl.constexpr, CAUSAL: tl.constexpr):
 def _tile_of_queries(H, N_Q, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr):
     """(b, h, start_m) of this program."""
     tiles = tl.cdiv(N_Q, BLOCK_M)
-    head, tile = _turn(tiles, LAST_WIDE if BLOCK_D > 128 else LAST, CAUSAL)
+    head, tile = _turn(tiles, 512 if BLOCK_D > 128 else 1024, CAUSAL)
     if CAUSAL:  # the last queries see most keys
         tile = tiles - 1 - tile
     # 64 bits, because tensors may have more than 2^31 elements
@@ -381,7 +378,7 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """dK, dV or both of one tile of keys: algorithm 2, one turn of its outer loop, no line 15."""
     tiles = tl.cdiv(N_K, BLOCK_N)
-    head, tile = _turn(tiles, LAST_WIDE if BLOCK_D > 128 else LAST, CAUSAL)
+    head, tile = _turn(tiles, 512 if BLOCK_D > 128 else 1024, CAUSAL)
     b, h_kv = (head // (H // GROUP)).to(tl.int64), (head % (H // GROUP)).to(tl.int64)
     start_n = tile * BLOCK_N  # causal: the first keys are seen by most queries
     offs_n = start_n + tl.arange(0, BLOCK_N)

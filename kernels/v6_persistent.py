@@ -245,7 +245,7 @@ def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
     draw = causal and tiles_m >= DRAW_TILES and programs < tiles
     section = 1
     if draw:
-        section = min(heads, max(1, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim)))
+        section = _gluon.section(heads, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim))
     sizes = Sizes(
         H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1, tiles, tiles_m, tiles_n,
         N_K // c.block_n, share_n, B, heads, section, tiles_m * heads, tiles_m * section,

@@ -932,19 +932,6 @@ def _describe(t, rows, columns):
     return _gluon.descriptor(t, t.shape, strides, [1, 1, rows, columns])
 
 
-def _section(units, most):
-    """Units in a section: at most so many, and in every section as many.
-
-    A last section with few units has fewer long tiles than there are multiprocessors, and while
-    these are at work no section follows to fill the others.
-    """
-    most = max(1, min(units, most))
-    for size in range(most, most // 2, -1):
-        if units % size == 0:
-            return size
-    return -(-units // -(-units // most))
-
-
 def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False):
     """Gradients of q, k and v from that of o; o and lse (natural, fp32) as the forward gave them.
 
@@ -980,7 +967,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     units, heads = B * H_KV * split, H // (H_KV * split)
     section = 1
     if causal:  # Q, dO and the accumulator of dQ take 2, 2 and 4 bytes an element
-        section = _section(units, L2_BYTES // (heads * N_Q * c.head_dim * 8))
+        section = _gluon.section(units, L2_BYTES // (heads * N_Q * c.head_dim * 8))
     n_pad = tiles_m * c.block_m
 
     dq, dk, dv = (_host.empty_like(t) for t in (q, k, v))

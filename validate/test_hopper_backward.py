@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import triton
-from flashstudy.kernels import v7_hopper_backward, v7_wide_heads
+from flashstudy.kernels import _gluon, v7_hopper_backward, v7_wide_heads
 from flashstudy.validate import errors
 from flashstudy.validate.test_hopper_forward import main_loops, positions
 
@@ -430,6 +430,6 @@ def test_refuses_what_it_cannot_take():
 )
 def test_sections_have_as_many_heads(units, most, size):
     """No section is much shorter than the others, and none takes more than L2 has."""
-    assert v7_hopper_backward._section(units, most) == size
+    assert _gluon.section(units, most) == size
     assert size <= max(1, most)
     assert units % size == 0 or units % size >= size / 2
