@@ -9,9 +9,9 @@ Each program writes its own record file under --out and resumes it: the same com
 where an interrupted one stopped, and measures nothing twice. A program that fails does not keep the
 others from running. Without a GPU the programs that have an answer for a CPU run. The programs are
 given less than a quarter of an hour in all on a GPU; --plan says how much each. Imports and slow
-hosts come on top: on an H200 with 16 cores, where the plan was 889 s, the parts took 6 to 14 s more
-each, about 17 minutes in all (2026-11-27; in pieces, memory and decode as planned). What finds
-no time is named, and the same command again goes on from there.
+hosts come on top: on an H200 with 16 cores all but memory and decode took 1,069 s in pieces, some
+of them begun twice (2026-11-27; 810 s by plan). It has not been run whole. What finds no time is
+named, and the same command again goes on from there.
 
 What compiles does so first, for all programs at once, in as many processes as there are cores
 (bench/precompile.py), and stays on disk; flash-attn-4's own cache is switched on for that. With
