@@ -73,6 +73,19 @@ the best of three such tiles, and cuDNN:
     128 × 64, 2             367         517    530              246         443    526
     cuDNN                   530         715    744              353         583    642
 
+The forward at D = 64 in one run of 2026-11-27, in the same way (the tutorial kernel with the best
+of four tiles):
+
+    D = 64, N          full  512  1024  2048  4096  16384      causal  512  1024  2048  4096  16384
+    64 × 128, 1              351   391   437   447    470              224   294   352   388    430
+    64 × 128, 2              340   389   415   425    454              215   293   360   397    446
+    64 × 64, 2               331   367   397   418    431              240   306   358   388    427
+    64 × 64, 3               313   348   358   379    397              223   300   343   364    406
+    tutorial                 334   373   396   406    419              229   295   351   372    408
+
+So full calls take the first row, causal ones the second, or up to 1,024 keys the third, whose tiles
+have less behind the diagonal.
+
 The backward at D = 256, N = 512, 4096 and 16384 in one run of 2026-11-27: dK and dV in one kernel
 (64 × 64, dQ 128 × 32, eight warps, two stages) → apart; cuDNN in brackets:
 
@@ -109,6 +122,8 @@ LOG2E = tl.constexpr(_host.LOG2E)
 # The rows for pointers fit in the 99 KiB of shared memory of the smallest GPUs from sm_80 on.
 FORWARD = {
     ("tma", 64): (64, 128, 4, 2),
+    ("tma, full", 64): (64, 128, 4, 1),
+    ("tma, few keys", 64): (64, 64, 4, 2),  # causal: less of a tile lies behind the diagonal
     ("tma", 128): (64, 128, 4, 1),
     ("tma", 256): (64, 128, 4, 1),
     ("pointers", 64): (64, 64, 4, 3),
@@ -139,10 +154,10 @@ DQ_FP32 = {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}
 DKDV_FP32 = {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)}
 
 
-def _config(table, table_fp32, path, head_dim, fp32):
-    """A row of the table for the path, "tma" or "pointers"."""
+def _config(table, table_fp32, row, head_dim, fp32):
+    """A row of the table: for the path, "tma" or "pointers", or one of `_forward_row`."""
     d = max(64, 1 << (head_dim - 1).bit_length())
-    return table_fp32[d] if fp32 else table[path, d]
+    return table_fp32[d] if fp32 else table[row, d]
 
 
 @triton.jit
@@ -457,6 +472,7 @@ _dk_kernel = _dv_kernel = _dkdv_kernel  # names to time each by, where they are 
 
 # Products of 2^33 multiplications take a large GPU about 80 µs. Descriptors take the CPU that long.
 TMA_MIN_WORK = 1 << 33
+FEW_KEYS = 1024  # at most: causal tiles at head dim 64 are half as long
 
 
 def _path(capability, work, *tensors):
@@ -475,15 +491,25 @@ def _path(capability, work, *tensors):
     return "tma"
 
 
+def _forward_row(path, d, causal, n_k):
+    """Which row of FORWARD's path; at head dim 64 the best depends on the mask."""
+    if path == "tma" and d <= 64:
+        if not causal:
+            return "tma, full"
+        if n_k <= FEW_KEYS:
+            return "tma, few keys"
+    return path
+
+
 def _describe(t, block, block_d):
     """Describe a tensor as tiles of `block` rows of one head; past their ends, tiles read as 0."""
     return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, block, block_d])
 
 
-def _tiles(table, table_fp32, path, q, allow_tf32):
+def _tiles(table, table_fp32, row, q, allow_tf32):
     """What a kernel is compiled for: head dim, tile, padded head dim, and precision; and how."""
     d, fp32 = q.shape[3], q.dtype == torch.float32
-    m, n, warps, stages = _config(table, table_fp32, path, d, fp32)
+    m, n, warps, stages = _config(table, table_fp32, row, d, fp32)
     precision = "tf32" if allow_tf32 else "ieee"
     block_d = max(16, 1 << (d - 1).bit_length())  # tl.dot takes powers of two from 16 on
     return m, n, block_d, precision, {"num_warps": warps, "num_stages": stages}
@@ -499,7 +525,8 @@ def forward(q, k, v, causal, scale, allow_tf32):
         q, scale = -q, -scale
     scale = max(scale, 1e-37)
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, o)
-    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, path, q, allow_tf32)
+    row = _forward_row(path, D, causal, N_K)
+    m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, row, q, allow_tf32)
     q_src, k_src, v_src, o_dst = q, k, v, o
     if path == "tma":
         q_src, o_dst = _describe(q, m, d), _describe(o, m, d)

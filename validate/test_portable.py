@@ -130,6 +130,22 @@ def test_paths():
     assert v3_tma._path((9, 0), big, torch.empty(1, 2, 8, 12, dtype=torch.float16)) == "pointers"
 
 
+def test_forward_rows_at_head_dim_64():
+    """One stage for full calls, short tiles for causal ones of few keys; others by path alone."""
+    few = v3_tma.FEW_KEYS
+    asked = {
+        ("tma", 64, False, few): (64, 128, 4, 1),
+        ("tma", 64, False, 1 << 17): (64, 128, 4, 1),
+        ("tma", 8, True, few): (64, 64, 4, 2),
+        ("tma", 64, True, few + 1): (64, 128, 4, 2),
+        ("tma", 65, True, few): (64, 128, 4, 1),
+        ("pointers", 64, False, few): (64, 64, 4, 3),
+    }
+    for (path, d, causal, n_k), row in asked.items():
+        name = v3_tma._forward_row(path, d, causal, n_k)
+        assert v3_tma._config(v3_tma.FORWARD, v3_tma.FORWARD_FP32, name, d, False) == row
+
+
 @pytest.mark.parametrize("module", [v2_lean, v3_tma])
 def test_every_head_dim_has_a_tile(module):
     keys = ["tma", "pointers"] if module is v3_tma else [(9, 0), (8, 0), (12, 0)]
