@@ -65,12 +65,27 @@ way out 2 x 16: 224 of 227 KiB, one CTA a multiprocessor. Registers of a consume
 for each 128 keys Q and dO are read once and 4 bytes an element added to dQ; L2 serves most of that.
 
 CTAs are persistent: the loader draws the next tile from a counter and fetches it under the end of
-the one before. The list is ordered heaviest first where a causal mask makes tiles unequal, in
-sections of heads whose tensors fit in L2. All sections have as many heads: a last one of a few has
-fewer long tiles than there are multiprocessors, and while these finish, nothing follows that could
-fill the others. D = 128, causal, in turns (GPU and versions as below, 2026-11-27): sections of 5
-heads of 32 reached 547 TFLOP/s at N = 8192, of 4 heads 578; the same took 508 to 533 at 4096, 438
-to 456 at 2048 and 235 to 239 at 512.
+the one before. It also decodes the place of the list for all roles, since divisions take long (with
+draws that order no other memory: 353 µs for 360 in the causal call of 16,384 tokens at N = 512, D =
+128, and 390 for 407 at D = 64; in turns, GPU and versions as below, 2026-11-27). The list is
+ordered heaviest first where a causal mask makes tiles unequal, in sections of heads whose tensors
+fit in L2. All sections have as many heads: a last one of a few has fewer long tiles than there are
+multiprocessors, and while these finish, nothing follows that could fill the others. D = 128,
+causal, in turns (the same day): sections of 5 heads of 32 reached 547 TFLOP/s at N = 8192, of 4
+heads 578; the same took 508 to 533 at 4096, 438 to 456 at 2048 and 235 to 239 at 512.
+
+Few tiles. A place of the list may be a part of a tile: all its keys, but some of the query tiles.
+Every part leaves its dV and dK, rounded, in a slot of its own, and the last kernel adds the slots
+up in fp32, in a fixed order. Three cases (`_shares`): fewer tiles than multiprocessors, of which
+the others would do nothing; a causal mask and a tile or so for each, where one has twice the
+average to do; and the end of a full mask's list, where 2048 tiles are 15 rounds of 132 and 68
+more, for which half the machine waits: these go in eight parts. More parts than that cost more
+than they bring, since each fetches K and V and fills and drains the turns anew. GPU time of a
+causal call with batch 1, 16 heads, D = 128, replayed from a CUDA graph, in turns (GPU and versions
+as below, 2026-11-27; cuDNN and flash-attn 4 in brackets): N = 512 in two parts 21.9 µs, whole 26.7
+(32.7 and 23.2), N = 1024 43.3 and 45.1 (55.1 and 41.9); in a run before N = 512 took 22.3 µs in
+two parts and 25 in three or four. A full mask at N = 16384, 16,384 tokens: 635 TFLOP/s for 620
+before at D = 128, 562 for 542 at D = 64. Of the 21.9 µs the kernel before takes 3, the last 4.5.
 
 deterministic=True gives the sums of dQ an order: a lock for each half of a query tile counts the
 key tiles that have added to it, and the writer waits for its number. Keys go in ascending order;
@@ -82,17 +97,17 @@ in turns, 2026-11-27): D = 64 full 0.60 0.48 0.58, causal 0.83 0.63 0.59; D = 12
 0.53, causal 0.78 0.59 0.53.
 
 Against FlashAttention-3: turns in the backward, too, in place of a barrier for dS; persistent CTAs;
-no tiles of 80 queries; grouped heads loop over the query heads of a group inside the CTA, so that
-dK and dV need no accumulators in memory. As there, a first kernel computes delta and clears the
-accumulator of dQ, and a last one scales it, restores its order and rounds: 14 bytes an element, at
-4 TB/s. The three launches overlap (programmatic dependent launch): a kernel is set up while the one
-before still runs, and waits for it before it reads what that has written. Both small kernels walk
-so that what the main one reads first, or has summed last, is still in L2. To leave the last one to
-the two idle warps of the main kernel, which convert a query tile when all its sums are in, was
-slower (same GPU and versions, 2026-11-27; D = 128, causal: 502 µs of GPU time for 367 at N = 512,
-5.3 ms for 4.6 at 16384). The sums must be counted, and to count one the writer waits until it has
-arrived in memory, not only until it has left shared memory; and two warps with 24 registers took
-longer over it than the kernel that they replaced.
+few tiles shared out; no tiles of 80 queries; grouped heads loop over the query heads of a group
+inside the CTA, so that dK and dV need no accumulators in memory. As there, a first kernel computes
+delta and clears the accumulator of dQ, and a last one scales it, restores its order and rounds: 14
+bytes an element, at 4 TB/s. The three launches overlap (programmatic dependent launch): a kernel is
+set up while the one before still runs, and waits for it before it reads what that has written. Both
+small kernels walk so that what the main one reads first, or has summed last, is still in L2. To
+leave the last one to the two idle warps of the main kernel, which convert a query tile when all its
+sums are in, was slower (same GPU and versions, 2026-11-27; D = 128, causal: 502 µs of GPU time for
+367 at N = 512, 5.3 ms for 4.6 at 16384). The sums must be counted, and to count one the writer
+waits until it has arrived in memory, not only until it has left shared memory; and two warps with
+24 registers took longer over it than the kernel that they replaced.
 
 Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 with zeros; at 256 dK
 and dV alone would fill the registers: see v7_wide_heads). dK and dV are bitwise repeatable, dQ if
@@ -149,6 +164,7 @@ EMPTY = gl.constexpr(
     10
 )  # 10, 11: both consumers are done with that slot of Q, dO; the loader waits
 OUT_FULL = gl.constexpr(12)  # 12, 13: that consumer's way out is full; the writer waits
+SUM_BLOCK = tl.constexpr(4096)
 CONSUMERS = gl.constexpr(256)
 CONSUMERS_AND_LOADER = gl.constexpr(256 + 32)
 CONSUMER_AND_WRITER = gl.constexpr(128 + 32)
@@ -183,11 +199,29 @@ CONFIGS = {
     64: Config(128, 128, 64, True, False, 2, 64),
     128: Config(64, 128, 128, False, True, 2, 64),
 }
+MAIL = gl.constexpr(6)  # numbers that say which tile is next
 STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
 
 
 def _config(head_dim):
     return CONFIGS[64 if head_dim <= 64 else 128]
+
+
+@aggregate
+class Drawn:
+    """A place of the list, decoded: dividing takes a while, so the loader does it for all."""
+
+    b: gl.tensor
+    h_kv: gl.tensor  # key head
+    n: gl.tensor  # key tile
+    first: gl.tensor  # of its iterations, query tiles times heads: the first of this part
+    count: gl.tensor  # and how many it has; 0 where the list has ended
+    place: gl.tensor  # after those of whole tiles: there dV and dK of a part go; else negative
+
+    @gluon.constexpr_function
+    def __init__(self, b, h_kv, n, first, count, place):
+        self.b, self.h_kv, self.n = b, h_kv, n
+        self.first, self.count, self.place = first, count, place
 
 
 @aggregate
@@ -214,7 +248,7 @@ class Shared:
     k_empty: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
     out_empty: gl.shared_memory_descriptor
-    mail: gl.shared_memory_descriptor  # two slots: where in the list the next tile stands
+    mail: gl.shared_memory_descriptor  # two slots: the next tile, in numbers
     mail_ready: gl.shared_memory_descriptor
     mail_empty: gl.shared_memory_descriptor
 
@@ -238,23 +272,53 @@ class Shared:
         return reinterpret(self.out.index(which), desc.dtype, desc.block_type.shape, desc.layout)
 
     @gluon.jit
-    def receive(self, turn, WARPS: gl.constexpr):
-        """The other roles: the place that the loader has drawn for this turn."""
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    def receive(self, turn, WARPS: gl.constexpr, problem):
+        """The other roles: the tile that the loader has drawn for this turn."""
         slot = turn % 2
         mbarrier.wait(self.mail_ready.index(slot), (turn // 2) & 1)
-        place = gl.max(self.mail.index(slot).load(layout), 0)
+        b, h_kv = self.read(slot, 0, WARPS), self.read(slot, 1, WARPS)
+        n, first = self.read(slot, 2, WARPS), self.read(slot, 3, WARPS)
+        count, place = self.read(slot, 4, WARPS), self.read(slot, 5, WARPS)
         mbarrier.arrive(self.mail_empty.index(slot), count=1)
-        return place
+        return problem.work(Drawn(b, h_kv, n, first, count, place))
 
     @gluon.jit
-    def send(self, turn, place):
-        """The loader: tell the others where in the list the tile of this turn stands."""
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    def send(self, turn, drawn):
+        """The loader: tell the others of the tile of this turn."""
         slot = turn % 2
         mbarrier.wait(self.mail_empty.index(slot), ((turn // 2) & 1) ^ 1)
-        self.mail.index(slot).store(gl.full([1], place, gl.int32, layout))
+        self.write(slot, 0, drawn.b)
+        self.write(slot, 1, drawn.h_kv)
+        self.write(slot, 2, drawn.n)
+        self.write(slot, 3, drawn.first)
+        self.write(slot, 4, drawn.count)
+        self.write(slot, 5, drawn.place)
         mbarrier.arrive(self.mail_ready.index(slot), count=1)
+
+    @gluon.jit
+    def read(self, slot, i, WARPS: gl.constexpr):
+        """A number of the mail."""
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+        return gl.max(self.mail.index(slot * MAIL + i).load(layout), 0)
+
+    @gluon.jit
+    def write(self, slot, i, x):
+        """A number of the mail."""
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        self.mail.index(slot * MAIL + i).store(gl.full([1], x, gl.int32, layout))
+
+
+def _listed(tile, units, section, tiles_n):
+    """The key head, and the number of the key tile in it, at a place of the list of tiles."""
+    before = tile // (section * tiles_n)
+    inside = tile % (section * tiles_n)
+    width = section
+    if (before + 1) * section > units:
+        width = units - before * section
+    return before * section + inside % width, inside // width
+
+
+listed, listed_in_triton = gluon.jit(_listed), triton.jit(_listed)
 
 
 @aggregate
@@ -262,13 +326,14 @@ class Problem:
     """The kernel's scalar arguments; every role computes from them what it needs of a tile."""
 
     H: gl.tensor
-    HEADS: gl.tensor  # query heads of a unit: a key head with its query heads, or a share of them
+    HEADS: gl.tensor  # query heads of a unit, which is a key head with all of them
     OFFSET: gl.tensor  # N_K - N_Q
     TILES_M: gl.tensor
     TILES_N: gl.tensor
     UNITS: gl.tensor  # B * H / HEADS
     SECTION: gl.tensor  # units that run together
-    SPLIT: gl.tensor  # units that share a key head
+    WHOLE: gl.tensor  # so many key tiles are one place of the list each
+    PARTS: gl.tensor  # those after them are so many, each with a part of the queries
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     HEAD_DIM: gl.constexpr
@@ -280,12 +345,13 @@ class Problem:
 
     @gluon.constexpr_function
     def __init__(
-        self, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, HEAD_DIM,
-        SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+        self, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
     ):  # fmt: skip
         self.H, self.HEADS, self.OFFSET = H, HEADS, OFFSET
         self.TILES_M, self.TILES_N = TILES_M, TILES_N
-        self.UNITS, self.SECTION, self.SPLIT = UNITS, SECTION, SPLIT
+        self.UNITS, self.SECTION = UNITS, SECTION
+        self.WHOLE, self.PARTS = WHOLE, PARTS
         self.BLOCK_M, self.BLOCK_N = gl.constexpr(BLOCK_M), gl.constexpr(BLOCK_N)
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.SPLIT_ROWS = gl.constexpr(SPLIT_ROWS)
@@ -295,28 +361,50 @@ class Problem:
 
     @gluon.jit
     def size(self):
-        """Length of the list of tiles."""
-        return self.UNITS * self.TILES_N
+        """Length of the list of tiles and parts of tiles."""
+        return self.WHOLE + (self.UNITS * self.TILES_N - self.WHOLE) * self.PARTS
 
     @gluon.jit
-    def work(self, place):
-        """The tile at a place of the list.
+    def draw(self, place):
+        """The tile, or part of one, at a place of the list.
 
         Sections follow one another; inside one, the first key tiles of all its heads come first:
         under a causal mask those see the most queries. The heads of a section run together and find
         each other's Q, dO and dQ in L2.
         """
-        section = place // (self.SECTION * self.TILES_N)
-        inside = place % (self.SECTION * self.TILES_N)
-        width = gl.minimum(self.SECTION, self.UNITS - section * self.SECTION)
-        unit = section * self.SECTION + inside % width
-        n = inside // width
+        beyond = gl.maximum(place - self.WHOLE, 0)
+        tile = gl.minimum(place, self.WHOLE + beyond // self.PARTS)
+        part = beyond % self.PARTS
+
+        unit, n = listed(tile, self.UNITS, self.SECTION, self.TILES_N)
         if self.CAUSAL and self.DETERMINISTIC:  # nobody may wait for a later place: see `before`
             n = self.TILES_N - 1 - n
-        start_n = n * self.BLOCK_N
         units = self.H // self.HEADS  # of a batch entry
-        b, h_out = unit // units, unit % units
+        b, h_kv = unit // units, unit % units
 
+        first = gl.to_tensor(0)
+        count = self.iterations(n)
+        if place >= self.WHOLE:
+            parts = gl.minimum(self.PARTS, count)
+            end = gl.minimum(part + 1, parts) * count // parts
+            first = gl.minimum(part, parts) * count // parts
+            count = end - first
+        if place >= self.size():
+            count = gl.to_tensor(0)
+        return Drawn(b, h_kv, n, first, count, place - self.WHOLE)
+
+    @gluon.jit
+    def iterations(self, n):
+        """Query tiles, times heads, that meet a key tile."""
+        tiles = self.TILES_M
+        if self.CAUSAL:
+            tiles -= gl.maximum(n * self.BLOCK_N - self.OFFSET, 0) // self.BLOCK_M
+        return tiles * self.HEADS
+
+    @gluon.jit
+    def work(self, drawn):
+        """What there is to do for a tile."""
+        start_n = drawn.n * self.BLOCK_N
         lo = gl.to_tensor(0)
         tiles = self.TILES_M
         masked = gl.to_tensor(0)
@@ -327,8 +415,10 @@ class Problem:
             full = gl.maximum(start_n + self.BLOCK_N - 1 - self.OFFSET, 0)  # it sees them all
             masked = gl.minimum(gl.cdiv(full, self.BLOCK_M) - lo, tiles)
             edge_n = start_n - self.OFFSET - lo * self.BLOCK_M
-        h, h_kv = h_out * self.HEADS, h_out // self.SPLIT
-        return Work(b, h, h_kv, h_out, start_n, lo, masked, tiles, self.HEADS, edge_n)
+        return Work(
+            drawn.b, drawn.h_kv * self.HEADS, drawn.h_kv, start_n, lo, masked, tiles, self.HEADS,
+            edge_n, drawn.first, drawn.count, drawn.place,
+        )  # fmt: skip
 
     @gluon.jit
     def before(self, work, m):
@@ -342,28 +432,34 @@ class Problem:
 
 @aggregate
 class Work:
-    """One tile of keys, and the query tiles that see it."""
+    """One tile of keys, and the query tiles that see it, or a part of them."""
 
     b: gl.tensor
     h: gl.tensor  # first query head
-    h_kv: gl.tensor  # key head to read
-    h_out: gl.tensor  # head of dK and dV to write
+    h_kv: gl.tensor  # key head
     start_n: gl.tensor
     lo: gl.tensor  # first query tile that sees these keys
     masked: gl.tensor  # so many from there need the mask
     tiles: gl.tensor  # so many from there in all
     heads: gl.tensor
     edge_n: gl.tensor  # causal: query m of tile lo sees key n of this tile where n + edge_n <= m
+    first: gl.tensor  # of all iterations, query tiles times heads: the first of this part
+    count: gl.tensor  # and how many it has
+    slot: gl.tensor  # where dV and dK of this part go; negative for a whole tile
 
     @gluon.constexpr_function
-    def __init__(self, b, h, h_kv, h_out, start_n, lo, masked, tiles, heads, edge_n):
-        self.b, self.h, self.h_kv, self.h_out = b, h, h_kv, h_out
-        self.start_n, self.lo, self.masked = start_n, lo, masked
-        self.tiles, self.heads, self.edge_n = tiles, heads, edge_n
+    def __init__(
+        self, b, h, h_kv, start_n, lo, masked, tiles, heads, edge_n, first, count, slot
+    ):  # fmt: skip
+        self.b, self.h, self.h_kv, self.start_n = b, h, h_kv, start_n
+        self.lo, self.masked, self.tiles = lo, masked, tiles
+        self.heads, self.edge_n = heads, edge_n
+        self.first, self.count, self.slot = first, count, slot
 
     @gluon.jit
     def locate(self, it):
         """Iteration -> query head and query tile: masked tiles of all heads, then full ones."""
+        it += self.first
         edge = self.masked * self.heads
         if it < edge:
             h = self.h + it // self.masked
@@ -384,16 +480,19 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
     count = gl.to_tensor(0)  # query tiles over all key tiles: the rings never start over
     turn = gl.to_tensor(0)
     place = gl.program_id(0)
-    # The kernel before this one must have finished: waited for here alone, since the other roles
-    # begin with the place that this one sends.
+    drawn = problem.draw(place)  # while the kernel before this one still runs
+    # It must have finished: waited for here alone, since the other roles begin with what this one
+    # brings.
     gdc_wait()
     gdc_launch_dependents()  # the next kernel may be set up: it finds room when CTAs end
     if problem.DETERMINISTIC:  # places in the order of arrival: before mine, all have a CTA
-        place = gl.atomic_add(next_ptr, 1)
+        place = gl.atomic_add(next_ptr, 1, sem="relaxed")
+        drawn = problem.draw(place)
     while place < problem.size():
-        sm.send(turn, place)
-        work = problem.work(place)
-        for it in range(work.tiles * work.heads):
+        work = problem.work(drawn)
+        if work.count > 0:  # else there are more parts than iterations: nobody hears of it
+            sm.send(turn, drawn)
+        for it in range(work.count):
             slot = count % STAGES
             q_ready, do_ready = sm.q_ready.index(slot), sm.do_ready.index(slot)
             h, m = work.locate(it)
@@ -420,11 +519,12 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
             tma_load(do_desc, coord, do_ready, sm.do.index(slot))
             tma_load(rows_desc, [rows + row], do_ready, sm.delta.index(slot))
             count += 1
-        turn += 1
-        place = gl.atomic_add(next_ptr, 1)
+        turn += gl.minimum(work.count, 1)
+        place = gl.atomic_add(next_ptr, 1, sem="relaxed")
         if not problem.DETERMINISTIC:
             place += gl.num_programs(0)
-    sm.send(turn, place)  # past the end of the list: everybody stops
+        drawn = problem.draw(place)
+    sm.send(turn, drawn)  # past the end of the list: everybody stops
 
     # Take the last arrivals of the consumers too: no named barrier stays half full.
     for i in range(gl.maximum(count - STAGES, 0), count):
@@ -446,7 +546,7 @@ def _all_but_latest_done():
 
 
 @gluon.jit
-def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
+def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
     """One warp: what the consumers put on their ways out, it hands to the copy engine.
 
     Of n query tiles a consumer hands over n + 2 things. Consumer 1: dQ of all, dV, dK; consumer 0,
@@ -455,10 +555,9 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
     HALF: gl.constexpr = problem.BLOCK_N // 2
     ROWS: gl.constexpr = dq_desc.block_type.shape[0]
     turn = gl.to_tensor(0)
-    place = sm.receive(turn, 1)
-    while place < problem.size():
-        work = problem.work(place)
-        n = work.tiles * work.heads
+    work = sm.receive(turn, 1, problem)
+    while work.count > 0:
+        n = work.count
         owed = gl.to_tensor(-1)  # the lock of the latest sum, to be passed on when that is done
         for it in range(n + 2):
             for c in gl.static_range(1, -1, -1):
@@ -473,11 +572,17 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
                             pass
 
                 barrier_sync(OUT_FULL + c, CONSUMER_AND_WRITER)
-                coord = [work.b, work.h_out, work.start_n + c * HALF, 0]
+                coord = [work.b, work.h_kv, work.start_n + c * HALF, 0]
                 if it == n + 1:
-                    tma_store(dk_desc, coord, sm.out_as(c, dk_desc))
+                    if work.slot < 0:
+                        tma_store(dk_desc, coord, sm.out_as(c, dk_desc))
+                    else:
+                        tma_store(part_desc, [0, work.slot, c * HALF, 0], sm.out_as(c, dk_desc))
                 elif it == n - 1 + c:
-                    tma_store(dv_desc, coord, sm.out_as(c, dv_desc))
+                    if work.slot < 0:
+                        tma_store(dv_desc, coord, sm.out_as(c, dv_desc))
+                    else:
+                        tma_store(part_desc, [1, work.slot, c * HALF, 0], sm.out_as(c, dk_desc))
                 else:
                     tma_reduce_add(dq_desc, [part * ROWS, 0], sm.out_as(c, dq_desc))
 
@@ -495,7 +600,7 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
             tma_store_wait(0)  # a half of dK, which nobody waits for
             mbarrier.arrive(sm.out_empty.index(0), count=1)
         turn += 1
-        place = sm.receive(turn, 1)
+        work = sm.receive(turn, 1, problem)
 
 
 @gluon.jit
@@ -664,7 +769,8 @@ def _tiles(
         dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         barrier_arrive(TURN + (1 - WG), CONSUMERS)
 
-        p, ds = _elementwise(s, dp, sm, problem, work, it, slot, count & 1, qk_scale, WG)
+        at = work.first + it
+        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, count & 1, qk_scale, WG)
         if WG == 0:
             if it >= 2:
                 barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
@@ -693,15 +799,14 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
     dq = gl.zeros([DQ_M, DQ_D], gl.float32, dq_layout)
     base = gl.to_tensor(0)  # query tiles of the key tiles before this one
     turn = gl.to_tensor(0)
-    place = sm.receive(turn, 4)
-    if place < problem.size():  # consumer 1 gives the first turn away
+    work = sm.receive(turn, 4, problem)
+    if work.count > 0:  # consumer 1 gives the first turn away
         if WG == 0:
             barrier_sync(TURN + WG, CONSUMERS)
         else:
             barrier_arrive(TURN + (1 - WG), CONSUMERS)
-    while place < problem.size():
-        work = problem.work(place)
-        total = work.tiles * work.heads
+    while work.count > 0:
+        total = work.count
         slot, phase = base % STAGES, (base // STAGES) & 1
         k_slot, k_phase = turn % STAGES, (turn // STAGES) & 1
         k = sm.k.index(k_slot).reshape([BLOCK_N, HEAD_DIM])
@@ -724,7 +829,8 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
         s, dp = warpgroup_mma_wait(0, [s, dp])
         if base > 0:
             _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, base, WG)
-        p, ds = _elementwise(s, dp, sm, problem, work, turn >> 30, slot, base & 1, qk_scale, WG)
+        at = work.first + (turn >> 30)
+        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG)
         meet()
 
         dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
@@ -767,18 +873,18 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
             dq = warpgroup_mma_wait(0, [dq])
             mbarrier.arrive(sm.k_empty.index(k_slot), count=1)
         turn += 1
-        place = sm.receive(turn, 4)
+        work = sm.receive(turn, 4, problem)
     if base > 0:
         _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, base, WG)
 
 
-SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "SPLIT")
+SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "WHOLE", "PARTS")
 
 
 @gluon.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, part_desc,
+    lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr,
@@ -805,7 +911,7 @@ def _backward_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
-        gl.allocate_shared_memory(gl.int32, [2, 1], mail_layout),
+        gl.allocate_shared_memory(gl.int32, [2 * MAIL, 1], mail_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
     )
@@ -822,8 +928,8 @@ def _backward_kernel(
     mbarrier.init(sm.v_empty, count=2)
 
     problem = Problem(
-        H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, HEAD_DIM,
-        SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+        H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
     )  # fmt: skip
     # 12 warps of 168 registers are launched; the last four (loader, writer, two idle) give up all
     # but 24, and both consumers get 240. Consumer 0 runs on the kernel's own warps.
@@ -832,7 +938,7 @@ def _backward_kernel(
             (_consumer, (0, sm, problem, dq_desc, dk_desc, qk_scale)),
             (_consumer, (1, sm, problem, dq_desc, dk_desc, qk_scale)),
             (_loader, (sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc)),
-            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr)),
+            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -882,34 +988,97 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _finish_kernel(
-    dq_acc_ptr, dq_ptr, stride_qb, stride_qh, stride_qm, scale, H, N_Q, N_PAD,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT_ROWS: tl.constexpr,
+def _sum_parts(
+    i, part_ptr, dk_ptr, dv_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    HEADS, H_KV, N_K, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, SUMS,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale · accumulator, rows and columns put back, rounded: 4 bytes read, 2 written."""
-    tiles = N_PAD // BLOCK_M
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)  # first what was summed last: still in L2
-    pid_m, pid_bh = pid % tiles, pid // tiles
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    start_m = pid_m * BLOCK_M
-    tile = ((b * H + h) * N_PAD + start_m) * HEAD_DIM
-    gdc_wait()
-    dq = tl.load(dq_acc_ptr + tile + tl.arange(0, BLOCK_M * HEAD_DIM)) * scale
-
-    # (part, j, warp, quad, lane, i, e), see _put_dq -> (warp, i, quad) x (j, lane, e), with the
-    # part before either the rows or the columns
-    dq = dq.to(dq_ptr.dtype.element_ty).reshape([2, BLOCK_M * HEAD_DIM // 1024, 4, 8, 4, 2, 2])
-    if SPLIT_ROWS:  # noqa: SIM108
-        dq = dq.permute((0, 2, 5, 3, 1, 4, 6))
-    else:
-        dq = dq.permute((2, 5, 3, 0, 1, 4, 6))
-    dq = dq.reshape([BLOCK_M, HEAD_DIM])
-
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    """dK or dV of some keys from the parts in which they were computed, in fp32."""
+    ROWS: tl.constexpr = SUM_BLOCK // HEAD_DIM
+    PIECES: tl.constexpr = BLOCK_N // ROWS
+    which, i = i % 2, i // 2  # dK or dV
+    piece, i = i % PIECES, i // PIECES
+    unit, n = listed_in_triton(WHOLE + i, UNITS, SECTION, TILES_N)
+    if CAUSAL and DETERMINISTIC:
+        n = TILES_N - 1 - n
+    b, h = (unit // H_KV).to(tl.int64), (unit % H_KV).to(tl.int64)
+    rows = piece * ROWS + tl.arange(0, ROWS)
     offs_d = tl.arange(0, HEAD_DIM)
-    mask = (offs_m < N_Q)[:, None] & (offs_d < D)[None, :]
-    at = offs_m[:, None].to(tl.int64) * stride_qm + offs_d[None, :]
-    tl.store(dq_ptr + b * stride_qb + h * stride_qh + at, dq, mask)
+    total = TILES_M * HEADS  # see Problem.iterations
+    if CAUSAL:
+        total -= tl.maximum(n * BLOCK_N - OFFSET, 0) // BLOCK_M * HEADS
+    parts = tl.minimum(PARTS, total)
+
+    slots = SUMS // (2 * PIECES) * PARTS
+    slot = (which * slots + i * PARTS).to(tl.int64)
+    part_ptr += slot * (BLOCK_N * HEAD_DIM) + rows[:, None] * HEAD_DIM + offs_d[None, :]
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for first in range(0, parts, 4):
+        for j in tl.static_range(4):  # so many loads at a time, not one after the other
+            part = first + j
+            x = tl.load(part_ptr + part * (BLOCK_N * HEAD_DIM), part < parts, 0.0)
+            acc += x.to(tl.float32)
+
+    offs_n = n * BLOCK_N + rows
+    mask = (offs_n < N_K)[:, None] & (offs_d < D)[None, :]
+    offs_n = offs_n[:, None].to(tl.int64)
+    if which == 0:
+        at = b * stride_kb + h * stride_kh + offs_n * stride_kn + offs_d[None, :]
+        tl.store(dk_ptr + at, acc.to(dk_ptr.dtype.element_ty), mask)
+    else:
+        at = b * stride_vb + h * stride_vh + offs_n * stride_vn + offs_d[None, :]
+        tl.store(dv_ptr + at, acc.to(dv_ptr.dtype.element_ty), mask)
+
+
+FINISH_SIZES = (
+    "HEADS", "H_KV", "N_K", "OFFSET", "TILES_N", "UNITS", "SECTION", "WHOLE", "PARTS", "SUMS",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=FINISH_SIZES)
+def _finish_kernel(
+    dq_acc_ptr, dq_ptr, part_ptr, dk_ptr, dv_ptr, stride_qb, stride_qh, stride_qm,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, scale, H, N_Q, N_PAD,
+    HEADS, H_KV, N_K, OFFSET, TILES_N, UNITS, SECTION, WHOLE, PARTS, SUMS,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr, CAUSAL: tl.constexpr, DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    """dq = scale · accumulator, rows and columns put back, rounded: 4 bytes read, 2 written.
+
+    The first SUMS programs add up dK and dV of the key tiles that were shared out.
+    """
+    tiles = N_PAD // BLOCK_M
+    gdc_wait()
+    if tl.program_id(0) < SUMS:
+        _sum_parts(
+            tl.program_id(0), part_ptr, dk_ptr, dv_ptr,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+            HEADS, H_KV, N_K, OFFSET, tiles, TILES_N, UNITS, SECTION, WHOLE, PARTS, SUMS,
+            D, BLOCK_M, BLOCK_N, HEAD_DIM, CAUSAL, DETERMINISTIC,
+        )  # fmt: skip
+    else:
+        pid = tl.num_programs(0) - 1 - tl.program_id(0)  # first what was summed last: still in L2
+        pid_m, pid_bh = pid % tiles, pid // tiles
+        b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+        start_m = pid_m * BLOCK_M
+        tile = ((b * H + h) * N_PAD + start_m) * HEAD_DIM
+        dq = tl.load(dq_acc_ptr + tile + tl.arange(0, BLOCK_M * HEAD_DIM)) * scale
+
+        # (part, j, warp, quad, lane, i, e), see _put_dq -> (warp, i, quad) x (j, lane, e), with the
+        # part before either the rows or the columns
+        dq = dq.to(dq_ptr.dtype.element_ty).reshape([2, BLOCK_M * HEAD_DIM // 1024, 4, 8, 4, 2, 2])
+        if SPLIT_ROWS:  # noqa: SIM108
+            dq = dq.permute((0, 2, 5, 3, 1, 4, 6))
+        else:
+            dq = dq.permute((2, 5, 3, 0, 1, 4, 6))
+        dq = dq.reshape([BLOCK_M, HEAD_DIM])
+
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        offs_d = tl.arange(0, HEAD_DIM)
+        mask = (offs_m < N_Q)[:, None] & (offs_d < D)[None, :]
+        at = offs_m[:, None].to(tl.int64) * stride_qm + offs_d[None, :]
+        tl.store(dq_ptr + b * stride_qb + h * stride_qh + at, dq, mask)
 
 
 def _tma_ready(t):
@@ -947,6 +1116,26 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False
     return launch(_backward_kernel, _config(D), do, q, k, v, o, lse, causal, scale, deterministic)
 
 
+def _shares(tiles, longest, programs, causal):
+    """How the key tiles are shared out: so many of the list whole, the others in so many parts.
+
+    longest: query tiles, times heads, that a key tile meets at most.
+    """
+    if tiles <= programs:  # one each, and some do nothing
+        parts = programs // tiles
+        if causal and longest // parts >= 16:  # twice the average: smaller ones even that out
+            parts *= 2
+        parts = min(parts, longest // 2)
+        return (0, parts) if parts > 1 else (tiles, 1)
+    if causal:  # tiles of all lengths, the short ones last
+        few = 2 * tiles <= 3 * programs and longest >= 16
+        return (0, 2) if few else (tiles, 1)
+    rest = tiles % programs  # of the last round, which the others would wait for
+    parts = min(8, longest // 4)
+    few = 0 < 4 * rest <= 3 * programs and parts > 1
+    return (tiles - rest, parts) if few else (tiles, 1)
+
+
 def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     """`backward` with a kernel of this step, here or in v7_wide_heads, and its configuration."""
     B, H, N_Q, D = q.shape
@@ -957,24 +1146,22 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     if q.numel() == 0 or k.numel() == 0:
         return tuple(_host.empty_like(t).zero_() for t in (q, k, v))
 
-    # A unit is a key head with its query heads. Where that gives fewer tiles than multiprocessors,
-    # the query heads are split over several units and their dK and dV summed afterwards.
     tiles_m, tiles_n = triton.cdiv(N_Q, c.block_m), triton.cdiv(N_K, c.block_n)
     programs = _gluon.multiprocessors(q.device)
-    split = 1
-    while B * H_KV * split * tiles_n < programs and H // H_KV % (2 * split) == 0:
-        split *= 2
-    units, heads = B * H_KV * split, H // (H_KV * split)
+    units, heads = B * H_KV, H // H_KV  # a unit is a key head with its query heads
+    tiles = units * tiles_n
+    whole, parts = _shares(tiles, tiles_m * heads, programs, causal)
+    if D % 8:  # the copy engine cannot write these rows: the last kernel does
+        whole = 0
     section = 1
     if causal:  # Q, dO and the accumulator of dQ take 2, 2 and 4 bytes an element
         section = _gluon.section(units, L2_BYTES // (heads * N_Q * c.head_dim * 8))
     n_pad = tiles_m * c.block_m
 
     dq, dk, dv = (_host.empty_like(t) for t in (q, k, v))
-    dk_parts, dv_parts = dk, dv
-    direct = split == 1 and D % 8 == 0  # the copy engine can write the result itself
-    if not direct:
-        dk_parts, dv_parts = q.new_empty(2, B, H_KV * split, N_K, -(-D // 8) * 8)
+    split = dk
+    if whole < tiles:
+        split = q.new_empty(2, (tiles - whole) * parts, c.block_n, c.head_dim)
     dq_acc = torch.empty(B * H * n_pad * c.head_dim // 256, 256, device=q.device)
     rows = torch.empty(2 * B * H * n_pad, device=q.device)  # LSE in base 2, and delta
     counter = torch.empty(1, device=q.device, dtype=torch.int32)
@@ -982,7 +1169,8 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     if deterministic:  # one for each half of a query tile
         locks = torch.zeros(2 * B * H * tiles_m, device=q.device, dtype=torch.int32)
 
-    o, do = (t if t.stride(-1) == 1 else t.contiguous() for t in (o, do))
+    q, k, v, do = (_tma_ready(t) for t in (q, k, v, do))
+    o = o if o.stride(-1) == 1 else o.contiguous()
     block = 8192 // c.head_dim
     key = _host.launch_key((o, do), (*lse.stride(), H, N_Q, n_pad), D)
     _host.launch(
@@ -994,37 +1182,38 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         D, c.head_dim, block, num_warps=8,
     )  # fmt: skip
 
-    q, k, v, do = (_tma_ready(t) for t in (q, k, v, do))
     part = [c.block_m * c.head_dim // c.dq_parts // 256, 256]
     ragged = N_K % c.block_n != 0
+    dk_desc, dv_desc = (_describe(t, c.out_rows, c.head_dim) for t in (dk, dv))
+    part_desc = dk_desc
+    if whole < tiles:
+        part_desc = _describe(split, c.out_rows, c.head_dim)
+        if whole == 0:
+            dk_desc = dv_desc = part_desc  # not used, and D may not suit the copy engine
     _host.launch(
         kernel,
         (q.get_device(), q.dtype, c, causal, ragged, deterministic),
-        (min(units * tiles_n, programs), 1, 1),
+        (min(whole + (tiles - whole) * parts, programs), 1, 1),
         _describe(q, c.block_m, c.head_dim),
         _describe(k, c.block_n, c.head_dim),
         _describe(v, c.block_n, c.head_dim),
         _describe(do, c.block_m, c.head_dim),
         TensorDescriptor(rows, rows.shape, (1,), [c.block_m], FP32[1]),
         TensorDescriptor(dq_acc, dq_acc.shape, (256, 1), part, FP32[2]),
-        _describe(dk_parts, c.out_rows, c.head_dim),
-        _describe(dv_parts, c.out_rows, c.head_dim),
+        dk_desc, dv_desc, part_desc,
         locks, counter, scale * _host.LOG2E,
-        H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, split,
+        H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, whole, parts,
         c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,
         causal, ragged, deterministic, num_warps=4, launch_pdl=True,
     )  # fmt: skip
+    sums = (tiles - whole) * 2 * (c.block_n * c.head_dim // SUM_BLOCK.value)
     _host.launch(
         _finish_kernel,
-        _host.launch_key((dq,), (H, N_Q, n_pad), D),
-        (tiles_m * B * H, 1, 1),
-        dq_acc, dq, *dq.stride()[:3], scale, H, N_Q, n_pad, D,
-        c.block_m, c.head_dim, c.split_rows, num_warps=8, launch_pdl=True,
+        _host.launch_key((dq, dk, dv), (H, N_Q, n_pad), c, D, causal, deterministic),
+        (sums + tiles_m * B * H, 1, 1),
+        dq_acc, dq, split, dk, dv, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        scale, H, N_Q, n_pad, heads, H_KV, N_K, N_K - N_Q, tiles_n, units, section, whole, parts,
+        sums, D, c.block_m, c.block_n, c.head_dim, c.split_rows, causal, deterministic,
+        num_warps=8, launch_pdl=True,
     )  # fmt: skip
-
-    if not direct:
-        for whole, parts in ((dk, dk_parts), (dv, dv_parts)):
-            if split > 1:
-                parts = parts.unflatten(1, (H_KV, split)).sum(2, dtype=torch.float32)
-            whole.copy_(parts[..., :D])
     return dq, dk, dv

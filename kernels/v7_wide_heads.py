@@ -167,6 +167,7 @@ class Shared:
 
     receive = v7.Shared.receive
     send = v7.Shared.send
+    read, write = v7.Shared.read, v7.Shared.write
 
     @gluon.jit
     def quarter(self, PART: gl.constexpr, half, desc):
@@ -189,14 +190,17 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
     count = gl.to_tensor(0)  # query tiles over all key tiles: the rings never start over
     turn = gl.to_tensor(0)
     place = gl.program_id(0)
+    drawn = problem.draw(place)
     gdc_wait()  # here alone, see v7_hopper_backward
     gdc_launch_dependents()
     if problem.DETERMINISTIC:  # places in the order of arrival: before mine, all have a CTA
-        place = gl.atomic_add(next_ptr, 1)
+        place = gl.atomic_add(next_ptr, 1, sem="relaxed")
+        drawn = problem.draw(place)
     while place < problem.size():
-        sm.send(turn, place)
-        work = problem.work(place)
-        for it in range(work.tiles * work.heads):
+        work = problem.work(drawn)
+        if work.count > 0:
+            sm.send(turn, drawn)
+        for it in range(work.count):
             slot, phase = count % STAGES, (count // STAGES) & 1
             q_ready, do_ready = sm.q_ready.index(slot), sm.do_ready.index(slot)
             h, m = work.locate(it)
@@ -220,15 +224,16 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
                 mbarrier.expect(sm.v_ready, v_desc.block_type.nbytes)
                 tma_load(v_desc, kv_coord, sm.v_ready, sm.v.index(0))
             count += 1
-        turn += 1
-        place = gl.atomic_add(next_ptr, 1)
+        turn += gl.minimum(work.count, 1)
+        place = gl.atomic_add(next_ptr, 1, sem="relaxed")
         if not problem.DETERMINISTIC:
             place += gl.num_programs(0)
-    sm.send(turn, place)  # past the end of the list: everybody stops
+        drawn = problem.draw(place)
+    sm.send(turn, drawn)  # past the end of the list: everybody stops
 
 
 @gluon.jit
-def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
+def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
     """One warp: what the consumers leave in used tiles, it hands to the copy engine.
 
     Of n query tiles: dQ of n - 1, then dV and dK, then the last dQ.
@@ -237,16 +242,19 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
     ROWS: gl.constexpr = dq_desc.block_type.shape[0]
     count = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    place = sm.receive(turn, 1)
-    while place < problem.size():
-        work = problem.work(place)
-        n = work.tiles * work.heads
+    work = sm.receive(turn, 1, problem)
+    while work.count > 0:
+        n = work.count
         for it in range(n):
             if it == n - 1:  # before dQ: the next key tile waits for K and V
                 barrier_sync(KV_FULL, CONSUMERS_AND_WRITER)
-                coord = [work.b, work.h_out, work.start_n, 0]
-                tma_store(dv_desc, coord, sm.v.index(0))
-                tma_store(dk_desc, coord, sm.k.index(0))
+                if work.slot < 0:
+                    coord = [work.b, work.h_kv, work.start_n, 0]
+                    tma_store(dv_desc, coord, sm.v.index(0))
+                    tma_store(dk_desc, coord, sm.k.index(0))
+                else:  # a part: see v7_hopper_backward
+                    tma_store(part_desc, [1, work.slot, 0, 0], sm.v.index(0))
+                    tma_store(part_desc, [0, work.slot, 0, 0], sm.k.index(0))
                 tma_store_wait(0)
                 mbarrier.arrive(sm.kv_empty, count=1)
 
@@ -275,7 +283,7 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr):
                 gl.atomic_add(lock_ptr + tile, 1, sem="release")
             count += 1
         turn += 1
-        place = sm.receive(turn, 1)
+        work = sm.receive(turn, 1, problem)
 
 
 @gluon.jit
@@ -383,10 +391,9 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
 
     base = gl.to_tensor(0)  # query tiles of the key tiles before this one
     turn = gl.to_tensor(0)
-    place = sm.receive(turn, 4)
-    while place < problem.size():
-        work = problem.work(place)
-        total = work.tiles * work.heads
+    work = sm.receive(turn, 4, problem)
+    while work.count > 0:
+        total = work.count
         slot, phase = base % STAGES, (base // STAGES) & 1
         dv = gl.zeros([problem.BLOCK_N, HALF], gl.float32, acc_layout)
         dk = gl.zeros([problem.BLOCK_N, HALF], gl.float32, acc_layout)
@@ -398,7 +405,8 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
         x = _scores(sm, slot, phase, turn >> 30, WG)
         x = warpgroup_mma_wait(0, [x])
         if WG == 0:
-            p = _probabilities(x, sm, problem, work, turn >> 30, slot, qk_scale)
+            at = work.first + (turn >> 30)
+            p = _probabilities(x, sm, problem, work, at, slot, qk_scale)
             sm.p.index(slot).store(p)
             fence_async_shared()  # stores of threads before reads of the tensor cores
             barrier_arrive(P_READY, CONSUMERS)
@@ -436,7 +444,7 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
             _put_dq(dq, 1, sm, dq_desc, before, WG)
             if WG == 0:
                 x = warpgroup_mma_wait(0, [x])
-                p = _probabilities(x, sm, problem, work, it, slot, qk_scale)
+                p = _probabilities(x, sm, problem, work, work.first + it, slot, qk_scale)
                 sm.p.index(slot).store(p)
                 mbarrier.wait(sm.do_ready.index(slot), phase)
                 fence_async_shared()  # it takes long: one for P and dQ
@@ -475,13 +483,13 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
         barrier_arrive(DO_FULL + last, CONSUMERS_AND_WRITER)
         barrier_arrive(Q_FULL + last, CONSUMERS_AND_WRITER)
         turn += 1
-        place = sm.receive(turn, 4)
+        work = sm.receive(turn, 4, problem)
 
 
 @gluon.jit(do_not_specialize=v7.SIZES)
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc,
-    lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, part_desc,
+    lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr,
@@ -506,7 +514,7 @@ def _backward_kernel(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [1], barrier),
-        gl.allocate_shared_memory(gl.int32, [2, 1], mail_layout),
+        gl.allocate_shared_memory(gl.int32, [2 * v7.MAIL, 1], mail_layout),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [2, 1], barrier),
     )
@@ -523,8 +531,8 @@ def _backward_kernel(
     mbarrier.init(sm.kv_empty, count=1)
 
     problem = v7.Problem(
-        H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, SPLIT, BLOCK_M, BLOCK_N, HEAD_DIM,
-        SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+        H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
     )  # fmt: skip
     # Registers as in v7_hopper_backward: 240 for a thread of a consumer, 24 for the others.
     gl.warp_specialize(
@@ -532,7 +540,7 @@ def _backward_kernel(
             (_consumer, (0, sm, problem, dq_desc, dk_desc, qk_scale)),
             (_consumer, (1, sm, problem, dq_desc, dk_desc, qk_scale)),
             (_loader, (sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc)),
-            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc, lock_ptr)),
+            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr)),
         ],
         [4, 1, 1],
         [240, 24, 24],

@@ -353,6 +353,43 @@ def test_dq_repeats_bit_by_bit_if_asked_for(d, shape, causal):
 
 
 @gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [59, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("shape", "whole", "parts"),
+    [
+        ((2, 3, 3, 1000, 1000), 0, 2),
+        ((2, 3, 3, 1024, 1024), -11, 5),  # so many of the list's last tiles
+        ((1, 6, 2, 257, 391), 0, 3),
+        ((1, 2, 2, 100, 300), 0, 4),
+        ((1, 2, 1, 300, 100), 0, 2),
+        ((1, 2, 2, 64, 200), 0, 6),  # more parts than query tiles
+        ((8, 16, 16, 512, 512), -40, 3),
+    ],
+    ids=str,
+)
+def test_parts_of_key_tiles(monkeypatch, shape, whole, parts, d, causal):
+    """However the key tiles are shared out, the gradients are right, and dK and dV repeat."""
+    _hopper_only()
+    shares = lambda tiles, *_: (tiles + whole if whole < 0 else whole, parts)  # noqa: E731
+    monkeypatch.setattr(v7_hopper_backward, "_shares", shares)
+    q, k, v, do = _inputs(*shape, d)
+    verdict = errors.check(_attention, q, k, v, do, causal=causal)
+    assert verdict.ok, verdict.reasons
+
+    got = errors.compute(q, k, v, causal=causal)
+    args = (do, q, k, v, got["o"].to(q.dtype), got["lse"].float(), causal, d**-0.5, False)
+    free, ordered = (_step(d).backward(*args, deterministic=x) for x in (False, True))
+    for _ in range(10):
+        dirt = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(8)]
+        del dirt
+        for a, b in zip(_step(d).backward(*args)[1:], free[1:], strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(_step(d).backward(*args, deterministic=True), ordered, strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
 def test_gradients_have_the_strides_of_their_tensors():
     """As the operators promise: those of dense (B, N, H, D) views stay, slices come out dense."""
     _hopper_only()
@@ -413,6 +450,45 @@ def test_refuses_what_it_cannot_take():
     for step, d in ((narrow, 64), (wide, 256)):
         with pytest.raises(ValueError, match="q: expected a dtype among"):
             call(step, d, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "longest", "causal", "shares"),
+    [
+        (64, 8, False, (0, 2)),  # two for each of 132 multiprocessors
+        (64, 8, True, (0, 2)),
+        (64, 32, True, (0, 4)),  # unequal ones
+        (16, 8, True, (0, 4)),  # of two query tiles at least
+        (16, 4, False, (0, 2)),
+        (1, 1, False, (1, 1)),
+        (128, 16, False, (128, 1)),  # one each
+        (128, 16, True, (0, 2)),
+        (128, 8, True, (128, 1)),  # too short to be worth it
+        (160, 16, True, (0, 2)),
+        (256, 32, True, (256, 1)),  # enough to even each other out
+        (2048, 64, False, (1980, 8)),  # fifteen rounds and half a one
+        (2048, 64, True, (2048, 1)),
+        (4096, 16, False, (4092, 4)),
+        (264, 64, False, (264, 1)),  # two rounds
+        (260, 64, False, (260, 1)),  # nearly so
+    ],
+)
+def test_key_tiles_are_shared_out(tiles, longest, causal, shares):
+    """Into parts where multiprocessors would have nothing to do, and else not."""
+    assert v7_hopper_backward._shares(tiles, longest, 132, causal) == shares
+
+
+@pytest.mark.parametrize(("units", "tiles_n"), [(1, 1), (7, 4), (12, 5), (64, 3)])
+@pytest.mark.parametrize("section", [1, 4, 5, 64])
+def test_the_list_has_every_tile_once(units, tiles_n, section):
+    """Section after section, and in each the first key tiles of all heads first."""
+    listed = [
+        v7_hopper_backward._listed(i, units, min(section, units), tiles_n)
+        for i in range(units * tiles_n)
+    ]
+    assert sorted(listed) == [(u, n) for u in range(units) for n in range(tiles_n)]
+    order = [(unit // min(section, units), n, unit) for unit, n in listed]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize(
