@@ -42,9 +42,8 @@ KNOWN_SPILLS = {
     ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 332),
     ("v6_persistent", 64, "bfloat16", "_forward_kernel"): (0, 68),
     ("v6_persistent", 256, "bfloat16", "_forward_kernel"): (0, 132),
-    ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 792),
-    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 300),
-    ("v7_hopper_backward", 256, "bfloat16", "_backward_kernel"): (0, 84),
+    ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 124),
+    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 216),
 }
 WIDER = {"v7_hopper_backward": "v7_wide_heads"}  # the file that takes head dims above a step's own
 LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
