@@ -77,15 +77,16 @@ heads 578; the same took 508 to 533 at 4096, 438 to 456 at 2048 and 235 to 239 a
 Few tiles. A place of the list may be a part of a tile: all its keys, but some of the query tiles.
 Every part leaves its dV and dK, rounded, in a slot of its own, and the last kernel adds the slots
 up in fp32, in a fixed order. Three cases (`_shares`): fewer tiles than multiprocessors, of which
-the others would do nothing; a causal mask and a tile or so for each, where one has twice the
-average to do; and the end of a full mask's list, where 2048 tiles are 15 rounds of 132 and 68
-more, for which half the machine waits: these go in eight parts. More parts than that cost more
-than they bring, since each fetches K and V and fills and drains the turns anew. GPU time of a
-causal call with batch 1, 16 heads, D = 128, replayed from a CUDA graph, in turns (GPU and versions
-as below, 2026-11-27; cuDNN and flash-attn 4 in brackets): N = 512 in two parts 21.9 µs, whole 26.7
-(32.7 and 23.2), N = 1024 43.3 and 45.1 (55.1 and 41.9); in a run before N = 512 took 22.3 µs in
-two parts and 25 in three or four. A full mask at N = 16384, 16,384 tokens: 635 TFLOP/s for 620
-before at D = 128, 562 for 542 at D = 64. Of the 21.9 µs the kernel before takes 3, the last 4.5.
+the others would do nothing; a causal mask and about one long tile for each, where one has twice the
+average to do; and the end of a full mask's list, where 2048 tiles are 15 rounds of 132 and 68 more,
+for which half the machine waits: these go in eight parts. More parts than that cost more than they
+bring, since each fetches K and V and fills and drains the turns anew. GPU time of a causal call
+with batch 1, 16 heads, D = 128, replayed from a CUDA graph (in turns with the version before, cuDNN
+and flash-attn 4, these in brackets; GPU and versions as below, 2026-11-27): N = 512 21.9 µs (26.9
+32.8 23.2), N = 1024 43.1 (46.8 54.9 41.8), N = 2048, whole, 96.3 (98.5 162 133). Of the 21.9 the
+kernel before takes 3, the last 4.5. In a run before, N = 512 took 22.3 in two parts, 25 in three or
+four. With D = 64 and 32 heads the tiles of N = 512 stay whole: 21.0 (22.4 26.3 17.1); what a CTA
+takes to begin and end counts more there.
 
 deterministic=True gives the sums of dQ an order: a lock for each half of a query tile counts the
 key tiles that have added to it, and the writer waits for its number. Keys go in ascending order;
@@ -114,13 +115,16 @@ and dV alone would fill the registers: see v7_wide_heads). dK and dV are bitwise
 asked for.
 
 Measured, TFLOP/s with everything between dO and the finished gradients, in brackets cuDNN /
-flash-attn 4 in the same run (H200, bf16, 16,384 tokens, hidden size 2048; torch 2.11.0, triton
-3.6.0; 2026-11-27), at N = 512, 2048 and 16384:
+flash-attn 4, in turns replayed from CUDA graphs (H200, bf16, 16,384 tokens, hidden size 2048; torch
+2.11.0, triton 3.6.0; 2026-11-27), at N = 512, 2048 and 16384:
 
-    D = 64   full    374 (281 / 337)   522 (403 / 463)   586 (441 / 529)
-             causal  214 (169 / 217)   415 (299 / 413)   535 (419 / 522)
-    D = 128  full    393 (340 / 357)   574 (490 / 562)   604 (544 / 595)
-             causal  238 (211 / 241)   500 (415 / 480)   618 (492 / 615)
+    D = 64   full    358 (281 / 326)   493 (390 / 455)   556 (414 / 522)
+             causal  221 (171 / 220)   401 (312 / 389)   533 (393 / 518)
+    D = 128  full    389 (330 / 341)   555 (463 / 512)   628 (490 / 600)
+             causal  243 (213 / 244)   456 (377 / 436)   592 (501 / 596)
+
+In the same turns the version before, without parts and with every role decoding the list, reached
+358 484 535 and 217 404 529, 382 543 612 and 240 457 593.
 
 What the overlap of the three launches is worth (in turns with and without it, and the two small
 kernels turned round; sections of 20 MiB with it, 40 MiB without; same day): N = 512 +3 % (D = 128,
