@@ -164,9 +164,7 @@ L2_BYTES = 40 << 20  # of 50 MiB: what a section of heads may take
 
 # Named barriers, by their number in PTX (Triton keeps the low ones), and how many threads meet.
 TURN = gl.constexpr(8)  # 8, 9: it is that consumer's turn at the tensor cores
-EMPTY = gl.constexpr(
-    10
-)  # 10, 11: both consumers are done with that slot of Q, dO; the loader waits
+EMPTY = gl.constexpr(10)  # 10, 11: both consumers are done with that slot of Q, dO; loader waits
 OUT_FULL = gl.constexpr(12)  # 12, 13: that consumer's way out is full; the writer waits
 SUM_BLOCK = tl.constexpr(4096)
 CONSUMERS = gl.constexpr(256)
