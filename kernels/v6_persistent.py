@@ -153,6 +153,9 @@ ROWS = 64  # rows of a consumer: the M of a wgmma
 # What the P of a lane and row may sum up to, by type: see `No maximum`.
 MOST_FP16 = gl.constexpr(2.0**15)
 MOST_BF16 = gl.constexpr(2.0**40)
+# Two numbers of fp32 in one register, each rounded to half precision.
+TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
 MAX_PACK = 64  # heads in a tile: then it holds one query of each consumer
@@ -505,24 +508,10 @@ def _pairs(p, dtype: gl.constexpr):
     twice the registers until then.
     """
     low, high = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;",
-            "=r,r,r",
-            [low, high],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;",
-            "=r,r,r",
-            [low, high],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    half: gl.constexpr = TO_BF16 if dtype == gl.bfloat16 else TO_FP16
+    return gl.inline_asm_elementwise(
+        half, "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
