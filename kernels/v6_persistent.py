@@ -174,21 +174,26 @@ class Config(NamedTuple):
     registers: tuple[int, int]  # a thread: consumer, producer
 
 
-# By head dim of the tile. The buffers fill up to 227 KiB; registers add up to 65,536 for all
-# threads.
+# By head dim of the tile, the fewest consumers first. The buffers fill up to 227 KiB; registers add
+# up to 65,536 for all threads.
 CONFIGS = {
-    64: Config(64, 128, 2, 2, 2, 2, True, (240, 24)),
-    128: Config(128, 128, 2, 2, 2, 2, True, (240, 24)),
-    256: Config(256, 64, 2, 3, 2, 1, False, (240, 24)),
+    64: (
+        Config(64, 128, 1, 3, 3, 2, False, (240, 24)),
+        Config(64, 128, 2, 2, 2, 2, True, (240, 24)),
+        Config(64, 128, 3, 2, 2, 2, True, (160, 32)),
+    ),
+    128: (
+        Config(128, 128, 1, 3, 3, 2, False, (240, 24)),
+        Config(128, 128, 2, 2, 2, 2, True, (240, 24)),
+    ),
+    256: (
+        Config(256, 64, 1, 3, 2, 2, False, (240, 24)),
+        Config(256, 64, 2, 3, 2, 1, False, (240, 24)),
+    ),
 }
-LONG_64 = Config(64, 128, 3, 2, 2, 2, True, (160, 32))
-LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers are ahead
-
-
-def _config(head_dim, causal, n_k):
-    if head_dim <= 64 and n_k >= LONG[causal]:
-        return LONG_64
-    return CONFIGS[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
+LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers may be ahead
+# What a tile of so many consumers takes, end and all: see `How many consumers`.
+TILE_TIME = {1: 0.76, 2: 1, 3: 1.3}
 
 
 class Sizes(NamedTuple):
@@ -228,11 +233,19 @@ class Plan(NamedTuple):
     k_tile: list[int]
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
-    """The plan of a call on so many multiprocessors; N_Q and N_K are at least 1."""
-    c = _config(D, causal, N_K)
-    rows, group, pack = c.consumers * ROWS, H // H_KV, 1
+def _configs(head_dim, causal, n_k):
+    """The configurations that a call may take."""
+    most = 3 if n_k >= LONG[causal] else 2
+    tile = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return [c for c in CONFIGS[tile] if c.consumers <= most]
+
+
+def _cut(c, B, H, group, N_Q, N_K, processors):
+    """How a call is cut for a configuration: heads in a tile, tiles of a head, shares of the keys.
+
+    With them the number of heads that tiles are of, and of tiles of keys in a share.
+    """
+    rows, pack = c.consumers * ROWS, 1
     tiles_m = -(-N_Q // rows)
     if 1 < group <= MAX_PACK and group & (group - 1) == 0:  # tiles are powers of two
         packed = -(-N_Q * group // rows)
@@ -242,12 +255,34 @@ def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
     # Few tiles, long ones: split the keys, so that every multiprocessor has a share.
     shares = min(processors // (tiles_m * heads), tiles_n // MIN_SHARE)
     share_n = -(-tiles_n // shares) if shares >= MIN_SHARES else tiles_n
-    shares = -(-tiles_n // share_n)
+    return pack, tiles_m, heads, -(-tiles_n // share_n), share_n
+
+
+def _time(c, cut, causal, N_Q, N_K, processors):
+    """What a call takes that is cut so, in tiles of two consumers over all keys."""
+    _, tiles_m, heads, shares, _ = cut
+    turns = -(-tiles_m * heads // processors)
+    if causal and 2 * N_Q > N_K:  # tiles are half as long on average, and the longest as long
+        turns = max(1, turns / 2)
+    return turns / shares * TILE_TIME[c.consumers]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
+    """The plan of a call on so many multiprocessors; N_Q and N_K are at least 1."""
+    group = H // H_KV
+    cuts = {c: _cut(c, B, H, group, N_Q, N_K, processors) for c in _configs(D, causal, N_K)}
+    c = min(cuts, key=lambda c: _time(c, cuts[c], causal, N_Q, N_K, processors))
+    pack, tiles_m, heads, shares, share_n = cuts[c]
+    tiles_n = -(-N_K // c.block_n)
     tiles = tiles_m * heads * shares
     programs = min(tiles, processors)
-    draw = causal and tiles_m >= DRAW_TILES and programs < tiles
+    two_turns = programs < tiles <= 2 * programs
+    draw = causal and tiles_m >= DRAW_TILES and programs < tiles and not two_turns
     section = 1
-    if draw:
+    if causal and two_turns:  # longest first over all heads, and dealt: a long one and a short one
+        section = heads
+    elif draw:
         section = _gluon.section(heads, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim))
     sizes = Sizes(
         H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1, tiles, tiles_m, tiles_n,
@@ -759,7 +794,9 @@ def _forward_kernel(
     declare_vote()
     # The first partition runs on the kernel's own warps and gets the registers that the others
     # leave, as many as they: the table's numbers add up to 65,536 a multiprocessor.
-    if CONSUMERS == 2:
+    if CONSUMERS == 1:
+        gl.warp_specialize([(_consumer, (w, 0)), (_producer, (w,))], [1], [PRODUCER_REGISTERS])
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [(_consumer, (w, 0)), (_consumer, (w, 1)), (_producer, (w,))],
             [4, 1],
