@@ -191,7 +191,7 @@ CONFIGS = {
         Config(256, 64, 2, 3, 2, 1, False, (240, 24)),
     ),
 }
-LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers may be ahead
+LONG = {False: 1024, True: 4096}  # keys, by causal, from which three consumers may be ahead
 # What a tile of so many consumers takes, end and all: see `How many consumers`.
 TILE_TIME = {1: 0.76, 2: 1, 3: 1.3}
 
@@ -277,12 +277,14 @@ def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
     tiles_n = -(-N_K // c.block_n)
     tiles = tiles_m * heads * shares
     programs = min(tiles, processors)
-    two_turns = programs < tiles <= 2 * programs
-    draw = causal and tiles_m >= DRAW_TILES and programs < tiles and not two_turns
-    section = 1
-    if causal and two_turns:  # longest first over all heads, and dealt: a long one and a short one
-        section = heads
-    elif draw:
+    section, draw = 1, False
+    if causal and programs < tiles <= 2 * programs:
+        # Longest first over all heads, unless the longest would get a second one all the same and
+        # the turn back within a head gives each its counterpart.
+        if tiles + heads <= 2 * programs or 2 * programs % tiles_m:
+            section = heads
+    elif causal and tiles_m >= DRAW_TILES and programs < tiles:
+        draw = True
         section = _gluon.section(heads, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim))
     sizes = Sizes(
         H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1, tiles, tiles_m, tiles_n,

@@ -256,36 +256,33 @@ def test_how_many_consumers():
         assert consumers(1, 32, 1, d, n_k=8192, h_kv=8) == 1  # decoding
         assert consumers(1, 32, 128, d, n_k=131072, h_kv=8) == 2  # shares for all as it is
     assert consumers(8, 32, 2048, 64) == 3
+    assert consumers(4, 32, 4096, 64, True) == 3
     assert consumers(1, 16, 2048, 64) == 2  # two turns either way
 
 
 def test_two_turns_pair_long_tiles_with_short_ones():
-    """Dealt back and forth, longest first: nobody has more to do than a tile over the average."""
+    """Dealt back and forth: nobody has more to do than the longest tile, or the average and two."""
     from flashstudy.kernels import v6_persistent as v6
 
-    for h, n, d in (
-        (16, 1024, 128),
-        (16, 2048, 128),
-        (32, 512, 64),
-        (17, 1000, 256),
-        (3, 11000, 64),
-    ):
+    cells = [(16, 1024, 128), (16, 2048, 128), (24, 1024, 64), (17, 1000, 256), (3, 11000, 64)]
+    for h, n, d in [*cells, (32, 512, 128), (32, 1024, 128)]:
         plan = v6._plan(1, h, h, n, n, d, True, 132)
         sizes, c = plan.sizes, plan.config
         assert not plan.draw
         assert 132 < sizes.tiles <= 264
-        assert sizes.section == h
+        assert sizes.section == (1 if h == 32 else h)  # 32: 8 tiles a head, each has a counterpart
         keys, seen = [0] * 132, set()
         for program in range(132):
             tile, turn = program, 0
             while 0 <= tile < sizes.tiles:  # as in `_producer` and `_tile`
                 seen.add(tile)
-                first = (sizes.tiles_m - 1 - tile // h) * c.consumers * v6.ROWS
+                pid_m = sizes.tiles_m - 1 - tile % sizes.section_tiles // sizes.section
+                first = pid_m * c.consumers * v6.ROWS
                 keys[program] += -(-min(n, first + c.consumers * v6.ROWS) // c.block_n)
                 turn += 1
                 tile = 2 * turn * 132 - 1 - tile
         assert len(seen) == sizes.tiles
-        assert max(keys) <= sum(keys) / 132 + sizes.tiles_n
+        assert max(keys) <= max(sizes.tiles_n, sum(keys) / 132 + 2)
 
 
 def test_the_reader_sees_a_loop():
