@@ -26,10 +26,11 @@ with the next tile's first QKᵀ won 3 % at N = 16384, causal, and lost 6 % at N
 
 **Who gets which tile.** Without causal all tiles cost the same, and they are dealt: 132 in a turn,
 back and forth. With it the longest costs N_K / BLOCK_N times the shortest. With few tiles a head,
-the turn back gives the short ones to who has had the long ones; with many, any fixed deal leaves
-some multiprocessors idle. So programs draw: a counter in device memory, one atomic addition a tile.
-(The counter must be zeroed, a launch of its own: too dear where a deal will do.) The producer
-draws, when it has asked for all loads of its current tile.
+the turn back gives the short ones to who has had the long ones; and where two turns are all, it
+does so for any number of them, if the longest tiles of all heads come first. With many, any fixed
+deal leaves some multiprocessors idle. So programs draw: a counter in device memory, one atomic
+addition a tile. (The counter must be zeroed, a launch of its own: too dear where a deal will do.)
+The producer draws, when it has asked for all loads of its current tile.
 
 **In which order.** Long tiles first, so that the last to be drawn are short and all programs end at
 about the same time: the rule of longest processing time first. But K and V should stay in L2, and a
@@ -50,9 +51,20 @@ exp(lse).
 only the producer waits. To arrive on an mbarrier Triton first gathers the threads of the partition;
 to arrive on a named barrier each warp goes on at once.
 
-At D=64 three consumers share a tile of 192 queries: a product is over sooner there and two
-softmaxes must lie under it. Short sequences fill the larger tile badly, and on the diagonal it
-masks more: two consumers there.
+**How many consumers.** Two share a tile of 128 queries. At D=64 three share one of 192: a product
+is over sooner there and two softmaxes must lie under it. Short sequences fill the larger tile
+badly, and on the diagonal it masks more: two consumers there. One consumer has the tensor cores to
+itself and uses them badly, for its softmax lies under nothing: a tile of 64 queries takes about
+0.7 of the time of one of 128. But a call may have too few tiles:
+
+    16 heads, 512 queries       two      64 tiles for 132      1    turn
+                                one     128 tiles              0.76 turns
+    16 heads, 1024 queries      two     128 tiles              1    turn
+                                one     256 tiles              1.52 turns; causal 0.76
+
+So `_plan` cuts a call for every configuration, counts the turns that a multiprocessor has, weighs
+them by TILE_TIME and takes the quickest. Two turns count as one where the diagonal cuts tiles to
+half on average, as a long tile goes with a short one then; shares of the keys divide.
 
 **No maximum.** Softmax subtracts one number from all scores of a row, and any will do, as it
 cancels in P V / Σ P: the maximum is one with which exp2 cannot overflow. `v5_pingpong` brings it up

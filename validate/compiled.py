@@ -48,7 +48,7 @@ KNOWN_SPILLS = {
 }
 WIDER = {"v7_hopper_backward": "v7_wide_heads"}  # the file that takes head dims above a step's own
 LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
-MANY = ((512, 99), (8192, 16))  # lengths and batches: work for all multiprocessors, several times
+MANY = ((512, 99), (2048, 33), (8192, 16))  # lengths and batches: several turns for everyone
 
 
 class Kernel(NamedTuple):

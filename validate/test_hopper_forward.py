@@ -32,6 +32,7 @@ CASES = [
     ("v6_persistent", 64, True, 600, 1, 1),
     ("v6_persistent", 64, False, 600, 1, 99),
     ("v6_persistent", 64, True, 600, 1, 99),  # dealt
+    ("v6_persistent", 64, True, 2048, 1, 33),  # drawn
     ("v6_persistent", 64, False, 2048, 1, 99),  # three consumers
     ("v6_persistent", 64, True, 16384, 1, 9),  # three consumers, drawn
     ("v6_persistent", 128, False, 600, 1, 1),  # one consumer
