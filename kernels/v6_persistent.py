@@ -127,10 +127,42 @@ brackets flash-attn 4, at N = 512 / 2048 / 16384:
     causal  267 362 563 (178 378 548)    360 622 795 (258 532 656)    331 621 753 (290 588 763)
 
 The third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in
-turns).
+turns). Both tables are from before three consumers took D=64, causal, from 4096 keys on, which is
+1.04 times as fast (467 for 448 in turns of one run; at N = 2048 it was 0.81 times as fast).
+
+Short calls, 1 × 16 heads, µs a call in a CUDA graph of 20, replayed in turns, same day; in brackets
+with two consumers or more as before, and flash-attn 4. From 1024 queries, full, and 2048, causal,
+one consumer has nothing to win; there D=64 gains by two consumers instead of three, and causal by
+long tiles dealt with short ones:
+
+    N               128             256             512             1024            2048
+    D=64   full     4.1 (5.5  5.1)  4.8 (6.5  6.8)  6.4 ( 8.4  9.4)  12 (15 15)  37 ( 46 50)
+           causal   4.3 (5.8  5.3)  5.1 (6.8  7.2)  6.5 ( 8.8  9.7)  11 (13 15)  24 ( 25 27)
+    D=128  full     4.8 (6.5  5.5)  5.8 (8.0  7.0)  8.0 (10.4  9.6)  16 (16 16)  49 ( 48 54)
+           causal   5.0 (6.9  5.3)  6.1 (8.1  7.0)  8.2 (10.6  9.8)  14 (16 16)  31 ( 32 33)
+    D=256  full     6.0 (8.5  8.2)  7.6 (10.8 11.2) 10.9 (15.8 15.9)  27 (27 27)  the same
+           causal   6.1 (8.8  8.6)  7.5 (11.1 12.1) 10.9 (15.9 16.5)  23 (26 26)  58 ( 58 59)
+
+Between products as in a block (`torch.mm` to three times the hidden size, attention, `torch.mm`)
+all of it took 0.94 to 0.95 (D=128) and 0.89 to 0.92 (D=64) of the time at 512 queries; at 1024,
+causal, 0.97 and 1.01 in two runs at D=128, 0.95 and 0.94 at D=64. Launching the kernel while the
+one before it ends (programmatic dependent launch) took 4 to 20 % off calls that follow each other,
+and nothing between products: left out. Tiles of 64 keys for one consumer took 0.93 to 1.01 of the
+time of 128 at D=128, causal, but 1.09 to 1.14 when decoding, and 0.97 to 1.11 at D=64: left out,
+too. At D=64, causal, 16 heads of 4096 queries, three consumers are chosen and take 1.03 of the time
+of two.
 
 Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (cuDNN 139; 1432 without the
-split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496).
+split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496); those called
+one by one, by two consumers. In graphs as above one query over 8192 keys takes 14 µs (by two
+consumers 18, cuDNN 11), over 131,072 122 µs (125, cuDNN 125); at D=64 11 µs (by three 17, cuDNN 9)
+and 65 µs (86, cuDNN 65).
+
+Turns of one call differ (D=64, causal, N = 2048, 16,384 tokens: 0.32 to 0.39 ms in an earlier run).
+That is the clock: near its 700 W the GPU sets it anew every tenth of a second, between 1650 and
+1965 MHz during eight seconds at 669 to 697 W. Nine turns of 0.327 to 0.348 ms went with it, their
+cycles within 4 % of each other's mean. Dealing instead of drawing (0.98 of the speed) and sections
+of 8 or 16 MiB (1.00, 1.00) change nothing there; of 64 MiB they are slower (0.93).
 """
 
 import functools
