@@ -7,8 +7,8 @@ new Triton breaks one place. The steps compile for sm_90 with Triton 3.6.0, 3.7.
 serialised products; they ran on 3.6.0, with which none of them spills. 3.7 and 3.9 ask ptxas for a
 lesser allocation of registers (--regAllocOptLevel=2, against a fault of ptxas 13). With 3.9 it
 leaves up to ten numbers in local memory that a thread of v6 makes of its index: written when the
-kernel starts, read again between tiles, in no main loop (132 bytes; at the assembler's own level the
-same PTX spills nothing). v7 spills 216 bytes at most.
+kernel starts, read again between tiles, in no main loop (132 bytes; at the assembler's own level
+the same PTX spills nothing). v7 spills 216 bytes at most.
 
 `why_not()` says what is missing where something is; importing this file never fails.
 """
