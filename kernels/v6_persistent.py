@@ -26,10 +26,11 @@ with the next tile's first QKᵀ won 3 % at N = 16384, causal, and lost 6 % at N
 
 **Who gets which tile.** Without causal all tiles cost the same, and they are dealt: 132 in a turn,
 back and forth. With it the longest costs N_K / BLOCK_N times the shortest. With few tiles a head,
-the turn back gives the short ones to who has had the long ones; with many, any fixed deal leaves
-some multiprocessors idle. So programs draw: a counter in device memory, one atomic addition a tile.
-(The counter must be zeroed, a launch of its own: too dear where a deal will do.) The producer
-draws, when it has asked for all loads of its current tile.
+the turn back gives the short ones to who has had the long ones; and where two turns are all, it
+does so for any number of them, if the longest tiles of all heads come first. With many, any fixed
+deal leaves some multiprocessors idle. So programs draw: a counter in device memory, one atomic
+addition a tile. (The counter must be zeroed, a launch of its own: too dear where a deal will do.)
+The producer draws, when it has asked for all loads of its current tile.
 
 **In which order.** Long tiles first, so that the last to be drawn are short and all programs end at
 about the same time: the rule of longest processing time first. But K and V should stay in L2, and a
@@ -50,9 +51,20 @@ exp(lse).
 only the producer waits. To arrive on an mbarrier Triton first gathers the threads of the partition;
 to arrive on a named barrier each warp goes on at once.
 
-At D=64 three consumers share a tile of 192 queries: a product is over sooner there and two
-softmaxes must lie under it. Short sequences fill the larger tile badly, and on the diagonal it
-masks more: two consumers there.
+**How many consumers.** Two share a tile of 128 queries. At D=64 three share one of 192: a product
+is over sooner there and two softmaxes must lie under it. Short sequences fill the larger tile
+badly, and on the diagonal it masks more: two consumers there. One consumer has the tensor cores to
+itself and uses them badly, for its softmax lies under nothing: a tile of 64 queries takes about
+0.7 of the time of one of 128. But a call may have too few tiles:
+
+    16 heads, 512 queries       two      64 tiles for 132      1    turn
+                                one     128 tiles              0.76 turns
+    16 heads, 1024 queries      two     128 tiles              1    turn
+                                one     256 tiles              1.52 turns; causal 0.76
+
+So `_plan` cuts a call for every configuration, counts the turns that a multiprocessor has, weighs
+them by TILE_TIME and takes the quickest. Two turns count as one where the diagonal cuts tiles to
+half on average, as a long tile goes with a short one then; shares of the keys divide.
 
 **No maximum.** Softmax subtracts one number from all scores of a row, and any will do, as it
 cancels in P V / Σ P: the maximum is one with which exp2 cannot overflow. `v5_pingpong` brings it up
@@ -115,10 +127,42 @@ brackets flash-attn 4, at N = 512 / 2048 / 16384:
     causal  267 362 563 (178 378 548)    360 622 795 (258 532 656)    331 621 753 (290 588 763)
 
 The third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in
-turns).
+turns). Both tables are from before three consumers took D=64, causal, from 4096 keys on, which is
+1.04 times as fast (467 for 448 in turns of one run; at N = 2048 it was 0.81 times as fast).
+
+Short calls, 1 × 16 heads, µs a call in a CUDA graph of 20, replayed in turns, same day; in brackets
+with two consumers or more as before, and flash-attn 4. From 1024 queries, full, and 2048, causal,
+one consumer has nothing to win; there D=64 gains by two consumers instead of three, and causal by
+long tiles dealt with short ones:
+
+    N               128             256             512             1024            2048
+    D=64   full     4.1 (5.5  5.1)  4.8 (6.5  6.8)  6.4 ( 8.4  9.4)  12 (15 15)  37 ( 46 50)
+           causal   4.3 (5.8  5.3)  5.1 (6.8  7.2)  6.5 ( 8.8  9.7)  11 (13 15)  24 ( 25 27)
+    D=128  full     4.8 (6.5  5.5)  5.8 (8.0  7.0)  8.0 (10.4  9.6)  16 (16 16)  49 ( 48 54)
+           causal   5.0 (6.9  5.3)  6.1 (8.1  7.0)  8.2 (10.6  9.8)  14 (16 16)  31 ( 32 33)
+    D=256  full     6.0 (8.5  8.2)  7.6 (10.8 11.2) 10.9 (15.8 15.9)  27 (27 27)  the same
+           causal   6.1 (8.8  8.6)  7.5 (11.1 12.1) 10.9 (15.9 16.5)  23 (26 26)  58 ( 58 59)
+
+Between products as in a block (`torch.mm` to three times the hidden size, attention, `torch.mm`)
+all of it took 0.94 to 0.95 (D=128) and 0.89 to 0.92 (D=64) of the time at 512 queries; at 1024,
+causal, 0.97 and 1.01 in two runs at D=128, 0.95 and 0.94 at D=64. Launching the kernel while the
+one before it ends (programmatic dependent launch) took 4 to 20 % off calls that follow each other,
+and nothing between products: left out. Tiles of 64 keys for one consumer took 0.93 to 1.01 of the
+time of 128 at D=128, causal, but 1.09 to 1.14 when decoding, and 0.97 to 1.11 at D=64: left out,
+too. At D=64, causal, 16 heads of 4096 queries, three consumers are chosen and take 1.03 of the time
+of two.
 
 Decoding, D=128, 32 heads over 8: one query over 131,072 keys 142 µs (cuDNN 139; 1432 without the
-split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496).
+split, on 2026-11-22), 16 queries over as many 144 µs (flash-attn 2 482, cuDNN 1496); those called
+one by one, by two consumers. In graphs as above one query over 8192 keys takes 14 µs (by two
+consumers 18, cuDNN 11), over 131,072 122 µs (125, cuDNN 125); at D=64 11 µs (by three 17, cuDNN 9)
+and 65 µs (86, cuDNN 65).
+
+Turns of one call differ (D=64, causal, N = 2048, 16,384 tokens: 0.32 to 0.39 ms in an earlier run).
+That is the clock: near its 700 W the GPU sets it anew every tenth of a second, between 1650 and
+1965 MHz during eight seconds at 669 to 697 W. Nine turns of 0.327 to 0.348 ms went with it, their
+cycles within 4 % of each other's mean. Dealing instead of drawing (0.98 of the speed) and sections
+of 8 or 16 MiB (1.00, 1.00) change nothing there; of 64 MiB they are slower (0.93).
 """
 
 import functools
@@ -153,6 +197,9 @@ ROWS = 64  # rows of a consumer: the M of a wgmma
 # What the P of a lane and row may sum up to, by type: see `No maximum`.
 MOST_FP16 = gl.constexpr(2.0**15)
 MOST_BF16 = gl.constexpr(2.0**40)
+# Two numbers of fp32 in one register, each rounded to half precision.
+TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 DRAW_TILES = 16  # tiles of queries a head, causal, from which drawing is ahead of dealing
 SECTION_BYTES = 32 << 20  # of K and V that neighbouring tiles read: what L2 keeps
 MAX_PACK = 64  # heads in a tile: then it holds one query of each consumer
@@ -171,21 +218,26 @@ class Config(NamedTuple):
     registers: tuple[int, int]  # a thread: consumer, producer
 
 
-# By head dim of the tile. The buffers fill up to 227 KiB; registers add up to 65,536 for all
-# threads.
+# By head dim of the tile, the fewest consumers first. The buffers fill up to 227 KiB; registers add
+# up to 65,536 for all threads.
 CONFIGS = {
-    64: Config(64, 128, 2, 2, 2, 2, True, (240, 24)),
-    128: Config(128, 128, 2, 2, 2, 2, True, (240, 24)),
-    256: Config(256, 64, 2, 3, 2, 1, False, (240, 24)),
+    64: (
+        Config(64, 128, 1, 3, 3, 2, False, (240, 24)),
+        Config(64, 128, 2, 2, 2, 2, True, (240, 24)),
+        Config(64, 128, 3, 2, 2, 2, True, (160, 32)),
+    ),
+    128: (
+        Config(128, 128, 1, 3, 3, 2, False, (240, 24)),
+        Config(128, 128, 2, 2, 2, 2, True, (240, 24)),
+    ),
+    256: (
+        Config(256, 64, 1, 3, 2, 2, False, (240, 24)),
+        Config(256, 64, 2, 3, 2, 1, False, (240, 24)),
+    ),
 }
-LONG_64 = Config(64, 128, 3, 2, 2, 2, True, (160, 32))
-LONG = {False: 1024, True: 8192}  # keys, by causal, from which three consumers are ahead
-
-
-def _config(head_dim, causal, n_k):
-    if head_dim <= 64 and n_k >= LONG[causal]:
-        return LONG_64
-    return CONFIGS[64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
+LONG = {False: 1024, True: 4096}  # keys, by causal, from which three consumers may be ahead
+# What a tile of so many consumers takes, end and all: see `How many consumers`.
+TILE_TIME = {1: 0.76, 2: 1, 3: 1.3}
 
 
 class Sizes(NamedTuple):
@@ -225,11 +277,19 @@ class Plan(NamedTuple):
     k_tile: list[int]
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
-    """The plan of a call on so many multiprocessors; N_Q and N_K are at least 1."""
-    c = _config(D, causal, N_K)
-    rows, group, pack = c.consumers * ROWS, H // H_KV, 1
+def _configs(head_dim, causal, n_k):
+    """The configurations that a call may take."""
+    most = 3 if n_k >= LONG[causal] else 2
+    tile = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return [c for c in CONFIGS[tile] if c.consumers <= most]
+
+
+def _cut(c, B, H, group, N_Q, N_K, processors):
+    """How a call is cut for a configuration: heads in a tile, tiles of a head, shares of the keys.
+
+    With them the number of heads that tiles are of, and of tiles of keys in a share.
+    """
+    rows, pack = c.consumers * ROWS, 1
     tiles_m = -(-N_Q // rows)
     if 1 < group <= MAX_PACK and group & (group - 1) == 0:  # tiles are powers of two
         packed = -(-N_Q * group // rows)
@@ -239,12 +299,36 @@ def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
     # Few tiles, long ones: split the keys, so that every multiprocessor has a share.
     shares = min(processors // (tiles_m * heads), tiles_n // MIN_SHARE)
     share_n = -(-tiles_n // shares) if shares >= MIN_SHARES else tiles_n
-    shares = -(-tiles_n // share_n)
+    return pack, tiles_m, heads, -(-tiles_n // share_n), share_n
+
+
+def _time(c, cut, causal, N_Q, N_K, processors):
+    """What a call takes that is cut so, in tiles of two consumers over all keys."""
+    _, tiles_m, heads, shares, _ = cut
+    turns = -(-tiles_m * heads // processors)
+    if causal and 2 * N_Q > N_K:  # tiles are half as long on average, and the longest as long
+        turns = max(1, turns / 2)
+    return turns / shares * TILE_TIME[c.consumers]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(B, H, H_KV, N_Q, N_K, D, causal, processors):
+    """The plan of a call on so many multiprocessors; N_Q and N_K are at least 1."""
+    group = H // H_KV
+    cuts = {c: _cut(c, B, H, group, N_Q, N_K, processors) for c in _configs(D, causal, N_K)}
+    c = min(cuts, key=lambda c: _time(c, cuts[c], causal, N_Q, N_K, processors))
+    pack, tiles_m, heads, shares, share_n = cuts[c]
+    tiles_n = -(-N_K // c.block_n)
     tiles = tiles_m * heads * shares
     programs = min(tiles, processors)
-    draw = causal and tiles_m >= DRAW_TILES and programs < tiles
-    section = 1
-    if draw:
+    section, draw = 1, False
+    if causal and programs < tiles <= 2 * programs:
+        # Longest first over all heads, unless the longest would get a second one all the same and
+        # the turn back within a head gives each its counterpart.
+        if tiles + heads <= 2 * programs or 2 * programs % tiles_m:
+            section = heads
+    elif causal and tiles_m >= DRAW_TILES and programs < tiles:
+        draw = True
         section = _gluon.section(heads, SECTION_BYTES * group // (pack * 4 * N_K * c.head_dim))
     sizes = Sizes(
         H // pack, group // pack, N_Q, N_K, N_K - N_Q + 1, tiles, tiles_m, tiles_n,
@@ -505,24 +589,10 @@ def _pairs(p, dtype: gl.constexpr):
     twice the registers until then.
     """
     low, high = gl.split(gl.reshape(p, [p.shape[0], p.shape[1] // 2, 2]))
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;",
-            "=r,r,r",
-            [low, high],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;",
-            "=r,r,r",
-            [low, high],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    half: gl.constexpr = TO_BF16 if dtype == gl.bfloat16 else TO_FP16
+    return gl.inline_asm_elementwise(
+        half, "=r,r,r", [low, high], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -770,7 +840,9 @@ def _forward_kernel(
     declare_vote()
     # The first partition runs on the kernel's own warps and gets the registers that the others
     # leave, as many as they: the table's numbers add up to 65,536 a multiprocessor.
-    if CONSUMERS == 2:
+    if CONSUMERS == 1:
+        gl.warp_specialize([(_consumer, (w, 0)), (_producer, (w,))], [1], [PRODUCER_REGISTERS])
+    elif CONSUMERS == 2:
         gl.warp_specialize(
             [(_consumer, (w, 0)), (_consumer, (w, 1)), (_producer, (w,))],
             [4, 1],

@@ -31,9 +31,10 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 
 
 # Spills that are known and stay, by (step, D, dtype, kernel): bytes at most with Triton 3.6, which
-# the tiles were chosen and measured with, and with later versions, whose registers run out a
-# little sooner. v2's tile at D = 256 was faster on an H200 than the ones tried that do not spill.
-# What later versions spill has not been timed.
+# the tiles were chosen and measured with, and with later versions, which ask ptxas for a lesser
+# allocation of registers (--regAllocOptLevel=2). v2's tile at D = 256 was faster on an H200 than
+# those tried that do not spill. What later versions spill has not been timed; of v6 it is what a
+# thread makes of its index, read again between the tiles.
 KNOWN_SPILLS = {
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
     ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (224, 696),
@@ -47,6 +48,7 @@ KNOWN_SPILLS = {
 }
 WIDER = {"v7_hopper_backward": "v7_wide_heads"}  # the file that takes head dims above a step's own
 LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
+MANY = ((512, 99), (2048, 33), (8192, 16))  # lengths and batches: several turns for everyone
 
 
 class Kernel(NamedTuple):
@@ -161,13 +163,15 @@ def compile_only(arch):
 def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=None):
     """Compile the kernels that `kernels/<step>.py` launches; a list of Kernel.
 
-    sizes: pairs (N, query heads to a key head); by default LENGTHS without grouping.
+    sizes: (N, query heads to a key head, B), B = 1 where left out; by default LENGTHS without
+    grouping.
     """
     module = _module(step, head_dim)
     with compile_only(arch) as kernels:
-        for n, group in sizes or [(n, 1) for n in LENGTHS]:
-            q, do, o = (torch.empty(1, 2 * group, n, head_dim, dtype=dtype) for _ in range(3))
-            k, v = (torch.empty(1, 2, n, head_dim, dtype=dtype) for _ in range(2))
+        for n, group, *batch in sizes or [(n, 1) for n in LENGTHS]:
+            b = batch[0] if batch else 1
+            q, do, o = (torch.empty(b, 2 * group, n, head_dim, dtype=dtype) for _ in range(3))
+            k, v = (torch.empty(b, 2, n, head_dim, dtype=dtype) for _ in range(2))
             if backward:
                 lse = torch.empty(q.shape[:3], dtype=torch.float32)
                 module.backward(do, q, k, v, o, lse, causal, head_dim**-0.5, False)
@@ -239,7 +243,7 @@ def main(argv=None):
     parser.add_argument("--group", type=int, default=1, help="query heads to a key head")
     args = parser.parse_args(argv)
 
-    rows, bad, sizes = [], 0, [(n, args.group) for n in LENGTHS]
+    rows, bad = [], 0
     cases = [
         (step, arch, d, dtype, causal, backward)
         for step in args.steps
@@ -262,6 +266,8 @@ def main(argv=None):
             continue
         what = [step, f"sm_{arch}", d, dtype, "causal" if causal else "full"]
         progress.set_description(" ".join(map(str, what)))
+        sizes = [(n, args.group) for n in LENGTHS]
+        sizes += [(n, args.group, b) for n, b in MANY if row.needs]
         for kernel in compile_step(step, arch, d, dtypes[dtype], causal, backward, sizes):
             known = known_spills(step, d, dtype, kernel.name)
             why = faults(kernel, arch, tuned=row.needs is not None, spills=known)

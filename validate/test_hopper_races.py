@@ -39,7 +39,8 @@ WIDE_LATE = {
     "dq-of-one": ("barrier_arrive(DO_FULL + before", "WG == 0", 2500),
     "dq-of-the-other": ("barrier_arrive(DO_FULL + before", "WG == 1", 2500),
 }
-# D, causal, (B, H, H_KV, N_Q, N_K): dealt, drawn, split, packed; 1, 2, 3 tiles of keys; tails
+# D, causal, (B, H, H_KV, N_Q, N_K): dealt, drawn, split, packed; 1, 2, 3 tiles of keys; tails; one,
+# two and three consumers; two turns, long tiles and short ones
 SHAPES = [
     (128, True, (4, 16, 16, 2100, 2100)),
     (128, True, (2, 2, 2, 300, 77)),
@@ -49,6 +50,8 @@ SHAPES = [
     (64, True, (9, 32, 32, 512, 512)),
     (256, True, (3, 20, 20, 520, 520)),
     (256, True, (1, 4, 1, 5, 190)),
+    (128, True, (1, 16, 16, 1000, 1000)),
+    (256, True, (1, 40, 40, 300, 300)),
 ]
 # D, causal, (B, H, H_KV, N_Q, N_K): many tiles of queries, groups, empty rows; 1, 3 and few of them
 WIDE_SHAPES = [
