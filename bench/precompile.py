@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from flashstudy.bench import common, reference, rounds
 
-HEAVY = {"flash-attn-4": 10.0, "flex": 10.0, "naive-compiled": 4.0, "v7_hopper_backward": 4.0}
+HEAVY = {"flash-attn-4": 4.0, "flex": 4.0, "naive-compiled": 2.0, "v7_hopper_backward": 3.0}
 
 
 def collect(names):

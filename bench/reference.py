@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 
 TABLES = 3
-IMPORTS = 14  # seconds before the first program
+IMPORTS = 18  # seconds before the first program
 GRACE = 20  # seconds that an interrupted program has to write what it measured
 PROBE = 30  # seconds for a fork to find the GPU; an H200's takes one
 COMPILE = "compile"
@@ -73,22 +73,22 @@ GRID = "512,1024,2048,4096,8192,16384"
 LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 PARTS = {
     COMPILE: Part(
-        "bench/precompile.py --budget 92", "", "what can be compiled ahead of all others", 95
+        "bench/precompile.py --budget 87", "", "what can be compiled ahead of all others", 90
     ),
-    "ladder": Part("bench/ladder.py --budget 44", "ladder.jsonl", "what each step gains", 47),
-    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 46),
+    "ladder": Part("bench/ladder.py --budget 42", "ladder.jsonl", "what each step gains", 45),
+    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 45),
     "peers": Part(
-        f"bench/peers.py --budget 76 --limit flex=4096,16384@64,128 --limit sdpa-flash={GRID}@256",
-        "peers.jsonl", "our fastest kernels beside the libraries'", 79,
+        f"bench/peers.py --budget 118 --limit sdpa-flash={GRID}@256", "peers.jsonl",
+        "our fastest kernels beside the libraries'", 121,
     ),
     "peers-long": Part(
         f"bench/peers.py --long --head-dims 128 --backends {LONG} --limit flex=32768"
-        " --limit flash-attn=32768 --rounds 2 --budget 48",
-        "peers-long.jsonl", "the same at 32k to 128k tokens", 51,
+        " --limit flash-attn=32768 --rounds 2 --budget 44",
+        "peers-long.jsonl", "the same at 32k to 128k tokens", 47,
     ),
     "seqlen": Part(
-        "bench/seqlen.py --no-charts --budget 118", "seqlen.jsonl", "where flash wins, forward",
-        121, True,
+        "bench/seqlen.py --no-charts --budget 114", "seqlen.jsonl", "where flash wins, forward",
+        117, True,
     ),
     "both": Part(
         f"bench/seqlen.py --no-charts --direction both --scope block --batch 1 --lengths {FAR}"
@@ -96,13 +96,13 @@ PARTS = {
         "both.jsonl", "forward and backward of a block, to 128k tokens", 69,
     ),
     "crossover": Part(
-        "bench/crossover.py --no-charts --budget 44", "crossover.jsonl",
-        "the crossing lengths, on three clocks", 47, True,
+        "bench/crossover.py --no-charts --budget 46", "crossover.jsonl",
+        "the crossing lengths, on three clocks", 49, True,
     ),
     "mixed": Part(
         f"bench/seqlen.py --no-charts --protocol mixed --backends {MIXED}"
-        " --lengths 128 512 2048 8192 32768 --budget 52",
-        "mixed.jsonl", "how much of the advantage is precision", 55,
+        " --lengths 128 512 2048 8192 32768 --budget 50",
+        "mixed.jsonl", "how much of the advantage is precision", 53,
     ),
     "roofline": Part(
         "bench/roofline.py --budget 54", "roofline.jsonl", "why: traffic, rates, ceilings", 57
@@ -111,10 +111,10 @@ PARTS = {
         "bench/memory.py --budget 48", "memory.jsonl", "peak memory to a million tokens", 51
     ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 14", "small-calls.jsonl", "what a launch costs", 17
+        "bench/ladder.py --small-calls --budget 12", "small-calls.jsonl", "what a launch costs", 15
     ),
     "decode": Part(
-        "bench/decode.py --budget 19", "decode.jsonl", "few queries over many keys", 22
+        "bench/decode.py --budget 17", "decode.jsonl", "few queries over many keys", 20
     ),
 }  # fmt: skip
 
@@ -151,6 +151,7 @@ def preload():
     """Import what the programs do; none of it touches the GPU."""
     names = ["triton", "torch._dynamo", "torch._inductor.compile_fx", "matplotlib.pyplot"]
     names += [row.package for row in BACKENDS.values() if row.package is not None]
+    names += [f"flashstudy.{row.target.split(':')[0]}" for row in BACKENDS.values()]
     names += [f"flashstudy.bench.{Path(part.command.split()[0]).stem}" for part in PARTS.values()]
     for name in names:
         with contextlib.suppress(ImportError, OSError):  # a program that needs it says so

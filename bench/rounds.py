@@ -19,6 +19,7 @@ equally long for all, so that the host is ahead and the events see the GPU alone
 
 import collections
 import concurrent.futures
+import copyreg
 import gc
 import itertools
 import math
@@ -69,6 +70,15 @@ PATIENCE = 120  # seconds without any of them being done: what is left hangs
 # Backward calls repeat on one forward (retain_graph), which compiled functions refuse as long as
 # their backward may overwrite what the forward saved.
 torch._functorch.config.donated_buffer = False
+
+
+def memory_format(name):
+    return getattr(torch, name)
+
+
+# torch's compiler finds on disk what another process compiled by a hash of pickled graphs. A memory
+# format pickles under the name of whatever module imported torch first: under one name, it does.
+copyreg.pickle(torch.memory_format, lambda x: (memory_format, (str(x).removeprefix("torch."),)))
 
 
 class DeviceLost(RuntimeError):
