@@ -31,6 +31,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -181,7 +182,9 @@ def fork(work, *arguments, seconds=None):
     try:
         process.join(seconds)
     except KeyboardInterrupt:  # it had it too, and keeps what it has measured
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # `timeout` sends two
         process.join(GRACE)
+        signal.signal(signal.SIGINT, before)
         raise
     finally:
         if process.is_alive():

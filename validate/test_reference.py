@@ -305,6 +305,22 @@ def test_where_all_is_compiled_no_process_starts(monkeypatch):
     assert compiling.wait() == []
 
 
+def test_a_memory_format_pickles_alike_in_every_process(tmp_path):
+    """torch's compiler hashes it; by itself it takes the name of the first module with a torch."""
+    (tmp_path / "early.py").write_text("import torch\n")
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", f"{first}; import torch, pickle, flashstudy.bench.rounds;"
+             "whole = pickle.dumps(torch.contiguous_format);"
+             "print(whole, pickle.loads(whole) is torch.contiguous_format)"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,
+        ).stdout
+        for first in ("import early", "import torch", "import flashstudy")
+    ]  # fmt: skip
+    assert len(set(said)) == 1
+    assert said[0].endswith(" True\n")
+
+
 def kept(path):
     Path(path).touch()
 
