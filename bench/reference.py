@@ -148,16 +148,56 @@ def planned(names):
 # Processes
 
 
-def preload():
-    """Import what the programs do; none of it touches the GPU."""
-    names = ["triton", "torch._dynamo", "torch._inductor.compile_fx", "matplotlib.pyplot"]
-    names += [row.package for row in BACKENDS.values() if row.package is not None]
-    names += [f"flashstudy.{row.target.split(':')[0]}" for row in BACKENDS.values()]
-    names += [f"flashstudy.bench.{Path(part.command.split()[0]).stem}" for part in PARTS.values()]
+def shared():
+    """What the programs import, as lists of modules: the first are known to leave the GPU alone."""
+    compiler = ["triton", "torch._dynamo", "torch._inductor.compile_fx", "matplotlib.pyplot"]
+    programs = [f"flashstudy.bench.{Path(p.command.split()[0]).stem}" for p in PARTS.values()]
+    packages = [[row.package] for row in BACKENDS.values() if row.package is not None]
+    ours = [f"flashstudy.{row.target.split(':')[0]}" for row in BACKENDS.values()]
+    return [[*compiler, *programs], *packages, ours]
+
+
+def preload(names):
     for name in names:
         with contextlib.suppress(ImportError, OSError):  # a program that needs it says so
             importlib.import_module(name)
+
+
+def ready_to_fork():
+    """Import what the programs do, as far as forks find the GPU afterwards. False where none does.
+
+    CUDA survives no fork, and some packages start it when they are imported: the programs that need
+    those import them themselves.
+    """
+    first, *more = shared()
+    preload(first)
+    if torch.cuda.is_initialized() or not can_fork([]):
+        return False
+    for names in more:
+        if can_fork(names):
+            preload(names)
+        else:
+            print(f"each program imports {names[0]} itself")
     gc.freeze()  # collections in the forks skip all this, and leave its pages shared
+    return True
+
+
+def can_fork(names):
+    """Whether a fork of a process like this one that has imported these finds the GPU."""
+    return fork(rehearse, names, seconds=PROBE) == 0
+
+
+def rehearse(names):
+    preload(names)
+    sys.exit(fork(touch_gpu))
+
+
+def touch_gpu():
+    try:
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+    except (RuntimeError, AssertionError):  # what torch raises without a GPU
+        sys.exit(1)
 
 
 def begin(argv, environment):
@@ -168,11 +208,6 @@ def begin(argv, environment):
     sys.argv = argv
     os.chdir(ROOT)
     runpy.run_path(argv[0], run_name="__main__")
-
-
-def touch_gpu():
-    torch.zeros(1, device="cuda")
-    torch.cuda.synchronize()
 
 
 def fork(work, *arguments, seconds=None):
@@ -191,21 +226,6 @@ def fork(work, *arguments, seconds=None):
             process.kill()
             process.join()
     return process.exitcode
-
-
-def can_fork():
-    """Whether forks of this process find the GPU: CUDA survives none where it was used before."""
-    if torch.cuda.is_initialized():
-        return False
-    return fork(quietly, touch_gpu, seconds=PROBE) == 0
-
-
-def quietly(work):
-    """Its failure is an exit code."""
-    try:
-        work()
-    except Exception:
-        sys.exit(1)
 
 
 def run(argv, environment, forks):
@@ -262,8 +282,7 @@ def main(argv=None):
     environment = {common.FA4_CACHE: "1"} | os.environ
     began, done, forks = common.ends(0, argv), [], False
     if gpu:
-        preload()
-        if forks := can_fork():
+        if forks := ready_to_fork():
             environment[rounds.FORKS] = "1"
         else:
             print("a fork of this process finds no GPU: each program imports for itself")

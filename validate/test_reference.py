@@ -111,8 +111,7 @@ def test_on_a_gpu_what_compiles_comes_first_and_once(parts, monkeypatch, code, t
 def forks(parts, monkeypatch):
     """As where a fork finds the GPU."""
     monkeypatch.setattr(reference.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(reference, "preload", lambda: None)
-    monkeypatch.setattr(reference, "can_fork", lambda: True)
+    monkeypatch.setattr(reference, "ready_to_fork", lambda: True)
     monkeypatch.delenv(reference.rounds.COMPILED, raising=False)
     monkeypatch.delenv(reference.common.FA4_CACHE, raising=False)
     (parts / "code").write_text("0")
@@ -148,16 +147,34 @@ def crash():
     os.kill(os.getpid(), 9)
 
 
-def test_a_fork_that_dies_hangs_or_fails_is_an_exit_code(monkeypatch):
+def test_a_fork_that_dies_hangs_or_fails_is_an_exit_code():
     assert reference.fork(sys.exit, 3) == 3
     assert reference.fork(crash) == -9
     began = time.monotonic()
     assert reference.fork(time.sleep, 60, seconds=0.2) not in (0, None)
     assert time.monotonic() - began < 20
-    monkeypatch.setattr(reference, "touch_gpu", lambda: 1 / 0)
-    assert not reference.can_fork()
-    monkeypatch.setattr(reference, "touch_gpu", lambda: None)
-    assert reference.can_fork()
+
+
+def test_what_starts_cuda_is_left_to_the_programs(monkeypatch, capsys):
+    imported = []
+
+    def touch_gpu():
+        sys.exit("harmful" in imported)
+
+    monkeypatch.setattr(reference, "preload", imported.extend)
+    monkeypatch.setattr(reference, "touch_gpu", touch_gpu)
+    monkeypatch.setattr(reference, "shared", lambda: [["a"], ["harmful", "b"], ["c"]])
+    assert reference.ready_to_fork()
+    assert imported == ["a", "c"]
+    assert "each program imports harmful itself" in capsys.readouterr().out
+    monkeypatch.setattr(reference, "shared", lambda: [["harmful"], ["c"]])
+    assert not reference.ready_to_fork()
+
+
+def test_without_a_gpu_no_fork_finds_one():
+    if reference.torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert not reference.can_fork([])
 
 
 def test_ctrl_c_lets_a_fork_keep_what_it_has(forks):
