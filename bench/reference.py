@@ -211,7 +211,7 @@ def begin(argv, environment):
 
 
 def fork(work, *arguments, seconds=None):
-    """Exit code of a fork that calls work; None where it takes longer than `seconds`."""
+    """Exit code of a fork that calls work; one that takes longer than `seconds` is killed."""
     process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
     try:
