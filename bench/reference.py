@@ -74,7 +74,7 @@ GRID = "512,1024,2048,4096,8192,16384"
 LONG = "sdpa-cudnn flex flash-attn flash-attn-4 v3_tma v7_hopper_backward"
 PARTS = {
     COMPILE: Part(
-        "bench/precompile.py --budget 87", "", "what can be compiled ahead of all others", 90
+        "bench/precompile.py --budget 97", "", "what can be compiled ahead of all others", 100
     ),
     "ladder": Part("bench/ladder.py --budget 42", "ladder.jsonl", "what each step gains", 45),
     "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 45),
@@ -112,7 +112,7 @@ PARTS = {
         "bench/memory.py --budget 48", "memory.jsonl", "peak memory to a million tokens", 51
     ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 12", "small-calls.jsonl", "what a launch costs", 15
+        "bench/ladder.py --small-calls --budget 10", "small-calls.jsonl", "what a launch costs", 13
     ),
     "decode": Part(
         "bench/decode.py --budget 17", "decode.jsonl", "few queries over many keys", 20

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from flashstudy.backends import load, why_not
+from flashstudy.backends import BACKENDS, load, why_not
 from flashstudy.bench import common
 from flashstudy.figures import grid
 from flashstudy.validate import errors
@@ -76,8 +76,11 @@ def memory_format(name):
     return getattr(torch, name)
 
 
-# torch's compiler finds on disk what another process compiled by a hash of pickled graphs. A memory
-# format pickles under the name of whatever module imported torch first: under one name, it does.
+# torch's compiler finds on disk what another process compiled by a hash of pickled graphs and of
+# settings. The precision of fp32 products begins as "none" and is "ieee", which is the same, as
+# soon as somebody has changed it and back: from the start, it is. And a memory format pickles under
+# the name of whatever module imported torch first: under one name, it does.
+torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
 copyreg.pickle(torch.memory_format, lambda x: (memory_format, (str(x).removeprefix("torch."),)))
 
 
@@ -427,13 +430,15 @@ class Session:
             it.cost, it.host = common.cost(call, self.timer.once)
 
     def to_compile(self):
-        """Tasks that leave their results on disk: a step once a sweep, DISK_CACHED every shape."""
+        """Tasks that leave their results on disk: DISK_CACHED every shape, others twice a sweep."""
         tasks = {}
         for cell, names in self.plan.items():
             for name in filter(helped, names):
                 tasks[name, smallest(cell, self.cells_of(name))] = None
                 if name in DISK_CACHED:
                     tasks[name, cell] = None
+                elif BACKENDS[name].family != "standard":  # some launch another kernel at its end
+                    tasks[name, self.sweep(name, cell)[1]] = None
         return [(*task, self.dtype, self.seed) for task in tasks if self.why_not(*task) is None]
 
     def precompile(self):

@@ -15,6 +15,7 @@ from flashstudy.backends import BACKENDS
 from flashstudy.bench import peers, precompile, reference, seqlen
 from flashstudy.figures import all as everything
 from flashstudy.figures import table
+from flashstudy.validate import errors
 
 PROGRAM = """
 import os, sys
@@ -189,7 +190,7 @@ def test_ctrl_c_lets_a_fork_keep_what_it_has(forks):
 
 
 def test_all_of_it_takes_less_than_a_quarter_of_an_hour():
-    assert reference.IMPORTS + reference.planned(reference.PARTS) <= 800
+    assert reference.IMPORTS + reference.planned(reference.PARTS) <= 810
     for name, part in reference.PARTS.items():
         options = part.command.split()
         if name != "train":  # which trains whole models or none
@@ -336,6 +337,17 @@ def test_a_memory_format_pickles_alike_in_every_process(tmp_path):
     ]  # fmt: skip
     assert len(set(said)) == 1
     assert said[0].endswith(" True\n")
+
+
+def test_checking_a_result_changes_no_setting_that_torch_compiles_by():
+    settings = reference.torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    with errors._ieee():
+        assert not settings.allow_tf32
+    assert settings.fp32_precision == before
+    with reference.common.products("tf32"):
+        assert settings.fp32_precision != before
+    assert settings.fp32_precision == before
 
 
 def kept(path):
