@@ -42,6 +42,7 @@ import torch
 from flashstudy.backends import BACKENDS
 from flashstudy.bench import common, rounds
 from tabulate import tabulate
+from torch._inductor.runtime.runtime_utils import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -237,15 +238,12 @@ def run(argv, environment, forks):
 
 def compiled(programs):
     """What tells whether caches on disk hold what these programs need."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return {
-        "machine": boot.read_text().strip() if boot.exists() else None,
-        "torch": torch.__version__, "source": common.source(), "programs": sorted(programs),
-    }  # fmt: skip
+    about = {"torch": torch.__version__, "source": common.source()}
+    return about | {"programs": sorted(programs)}
 
 
 def on_disk(note, programs):
-    """Whether a run before this one has compiled for these programs, on this machine, unchanged."""
+    """Whether a run before this one has compiled for these programs as they are."""
     try:
         before = json.loads(note.read_text())
     except (OSError, ValueError):
@@ -286,7 +284,9 @@ def main(argv=None):
             environment[rounds.FORKS] = "1"
         else:
             print("a fork of this process finds no GPU: each program imports for itself")
-    note, programs = args.out / "compiled.json", [n for n in names if n != COMPILE]
+    # Of what is compiled; it goes where torch's cache goes.
+    note = Path(cache_dir()) / "flashstudy-compiled.json"
+    programs = [n for n in names if n != COMPILE]
     for i, name in enumerate(names, start=1):
         part, start = PARTS[name], time.monotonic()
         left = None if args.seconds is None else began + args.seconds - start
@@ -313,6 +313,7 @@ def main(argv=None):
                 return 130
             if name == COMPILE and code == 0:
                 environment[rounds.COMPILED] = "1"
+                note.parent.mkdir(parents=True, exist_ok=True)
                 note.write_text(json.dumps(compiled(programs)))
             what = "done" if code == 0 else f"exit code {code}"
             new = lines_in(args.out / part.file) - before
