@@ -142,8 +142,9 @@ def add_run_arguments(parser):
     add = parser.add_argument
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--budget", type=common.positive, metavar="SECONDS",
-        help="end within this time, set-up included: turns get shorter, and what does not fit is"
-             " named and left to the next run (default: every turn takes --slot-ms)")  # fmt: skip
+        help="end within this time, imports and set-up included: turns get shorter, and what does"
+             " not fit is named and left to the next run (default: every turn takes --slot-ms)",
+        )  # fmt: skip
     add("--slot-ms", type=common.positive, default=100, metavar="MS",
         help="longest turn of a backend (default: %(default)s)")  # fmt: skip
     add("--rounds", type=common.positive, default=3,
@@ -162,6 +163,7 @@ def parse(parser, argv, backends):
     backends(args): those to take where none are named.
     """
     args = parser.parse_args(argv)
+    args.end = common.ends(args.budget, argv)
     if args.backends is None:
         args.backends = [backends(args)]
     for name, order in (("backends", list(BACKENDS)), ("masks", MASKS)):
@@ -283,6 +285,11 @@ def progress(things=None, **options):
     return tqdm(things, mininterval=0.1 if sys.stderr.isatty() else 20, **options)
 
 
+def seconds_left(args):
+    """Of --budget; None where there is none."""
+    return None if args.budget is None else max(0.0, args.end - time.monotonic())
+
+
 def execute(args, plan, timer, file, provenance):
     """Measure what the record file lacks of the plan. Raises DeviceLost where the GPU is."""
     dtype = common.DTYPES[args.dtype]
@@ -295,8 +302,8 @@ def execute(args, plan, timer, file, provenance):
         file.append([row(cell, it, dtype, stamp) for it in contenders])
 
     session = Session(
-        plan, timer, dtype, seconds=args.budget, slot=args.slot_ms / 1e3, rounds=args.rounds,
-        seed=args.seed, report=tqdm.write,
+        plan, timer, dtype, seconds=seconds_left(args), slot=args.slot_ms / 1e3,
+        rounds=args.rounds, seed=args.seed, report=tqdm.write,
     )  # fmt: skip
     not_set_up, not_measured = session.run(write, progress)
     if not_set_up:

@@ -24,6 +24,7 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -189,6 +190,20 @@ def available_bytes():
 
 def utc():
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+# Budgets
+
+# time.monotonic() when this program began, of which importing torch is a good part.
+BEGAN = time.monotonic() - time.process_time()
+
+
+def ends(budget, argv=None):
+    """time.monotonic() at which a program that has so many seconds is to end; inf for None.
+
+    argv: of its main(). None: the process is there for it, and its imports count.
+    """
+    return math.inf if budget is None else (BEGAN if argv is None else time.monotonic()) + budget
 
 
 # Records

@@ -243,6 +243,7 @@ class Session(rounds.Session):
         with chosen(it.name):
             name = "sdpa" if it.name in rounds.CHOSEN else it.name
             it.call = rounds.closure(load(name), cell, *given)
+            self.timer.once(it.call)  # the first call in a shape may be a slow one
             it.cost, it.host = common.cost(it.call, self.timer.once)
 
     def measure_on(self, clocks, cell, names, turns):
@@ -304,7 +305,6 @@ def execute(args, plan, clocks, file, provenance):
         print(f"{len(whole) - len(rest)} of {len(whole)} cells are in {args.out} already")
     if not rest:
         return
-    start = time.monotonic()
     sessions = set_up(args, plan, rest, clocks)
     shuffle = random.Random(args.seed).shuffle
     order = []
@@ -321,7 +321,7 @@ def execute(args, plan, clocks, file, provenance):
             continue  # there was no time to set it up, and that was said
         began = time.monotonic()
         expected = 1.3 * spent / done * len(names) if done else 0.0
-        if args.budget is not None and began - start + expected > args.budget:
+        if began + expected > args.end:
             left = len(order) - at
             print(f"--budget left no time for {left} cells; the same command goes on from here")
             break
@@ -360,13 +360,14 @@ def compilations(argv):
 
 
 def set_up(args, plan, rest, clocks):
-    """{dtype: Session}, every backend compiled, verified and called once in every cell.
+    """{dtype: Session}, every backend compiled and verified.
 
     The dense slices first, what compiles for long last. Other processes compile what they can;
     meanwhile this one sets up what they cannot help with. Where a budget is short, what comes last
     is left out, first of all what compiles for long.
     """
     start, sessions = time.monotonic(), sessions_of(args, rest, clocks.timer)
+    seconds = args.end - start
     order = [
         (rounds.helped(backend), rounds.slow(backend), name not in DENSE, backend, dtype, cell)
         for name, part in plan.items()
@@ -377,7 +378,7 @@ def set_up(args, plan, rest, clocks):
     order.sort(key=lambda item: item[:3])
 
     def late(share):
-        return args.budget is not None and time.monotonic() - start >= share * args.budget
+        return time.monotonic() - start >= share * seconds
 
     left_out, compiling = [], None
     if clocks.timer.device == "cuda":
@@ -388,9 +389,7 @@ def set_up(args, plan, rest, clocks):
         if helped and compiling is not None:
             if found := len(compiling.tasks):
                 tqdm.write(f"waiting for {found} compilations in other processes")
-            spare = math.inf
-            if args.budget is not None:
-                spare = max(0.0, SETUP_SHARE * args.budget - (time.monotonic() - start))
+            spare = max(0.0, start + SETUP_SHARE * seconds - time.monotonic())
             hung, compiling = compiling.wait(seconds=spare), None
             for session in sessions.values():
                 session.refuse(hung)
@@ -467,7 +466,7 @@ def parser():
         help="turns of each backend on each clock (default: 9)")  # fmt: skip
     add("--quick", action="store_true", help="four lengths, three slices, fewer turns")
     add("--budget", type=common.positive, metavar="SECONDS",
-        help="end within this time; what is left is left to the next run")  # fmt: skip
+        help="end within this time, imports included; the next run goes on there")  # fmt: skip
     add("--again", action="store_true", help="measure anew what the record file holds")
     add("--plan", action="store_true", help="say what would be measured")
     add("--out", type=Path, metavar="FILE",
@@ -482,6 +481,7 @@ def parser():
 
 def parse(p, argv):
     args = p.parse_args(argv)
+    args.end = common.ends(args.budget, argv)
     args.device = common.default_device() if args.device is None else args.device
     if args.device.type == "cuda" and args.device.index != 0:
         p.error("argument --device: this program measures the first GPU; set CUDA_VISIBLE_DEVICES")

@@ -67,6 +67,7 @@ def plan_of(args):
 def planned(p, argv):
     """(arguments, what they ask for): {cell: names}."""
     args = p.parse_args(argv)
+    args.end = common.ends(args.budget, argv)
     if args.heads % args.kv_heads:
         p.error(f"argument --kv-heads: {args.kv_heads} does not divide --heads {args.heads}")
     chosen = {n for part in args.backends or [[*PEERS, *OURS]] for n in part}

@@ -61,6 +61,10 @@ def small_call(name, cell, given, stack):
     return rounds.closure(load(name), cell, *given)
 
 
+def call_once(session, name, cell, given):
+    session.closure(name, cell, given)()
+
+
 def small_plan(names):
     return {grid.Cell("forward", 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
 
@@ -70,13 +74,16 @@ def measure_small(args, plan, timer, file, provenance, clocks):
     dtype = common.DTYPES[args.dtype]
     plan = cells.missing(args, plan, file, provenance, list(clocks)[-1])
     session = rounds.Session(
-        plan, timer, dtype, seconds=args.budget, slot=0.1, rounds=args.rounds, seed=args.seed,
-        report=tqdm.write,
+        plan, timer, dtype, seconds=cells.seconds_left(args), slot=0.1, rounds=args.rounds,
+        seed=args.seed, report=tqdm.write,
     )  # fmt: skip
     session.set_up_all(lambda pairs: cells.progress(pairs, desc="set-up", unit="call"))
     for cell, names in cells.progress(plan.items(), desc="small calls", unit="cell"):
         given = session.inputs(cell)
         ready = [session.ready[cell, n] for n in names if (cell, n) in session.ready]
+        with torch.no_grad():  # the first call in a shape may be a slow one
+            for it in ready:
+                session.attempt(it, functools.partial(call_once, session, it.name, cell, given))
         made = {metric: [replace(it, turns=[]) for it in ready] for metric in clocks}
 
         def turn(it, clock, cell=cell, given=given):

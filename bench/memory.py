@@ -23,9 +23,9 @@ which builds its mask; the others at the shortest length alone. The allocator of
 grows one segment page by page (expandable segments), so that gaps between matrices, which no peak
 counts and no later matrix fits into, do not bring the end forward.
 
-It ends within --budget seconds; what does not fit is named and left to the next run. Records go to
-results/memory-DEVICE.jsonl as each cell is done; the same command again measures only what is
-missing. python figures/memory.py draws them.
+It ends within --budget seconds, imports included; what does not fit is named and left to the next
+run. Records go to results/memory-DEVICE.jsonl as each cell is done; the same command again measures
+only what is missing. python figures/memory.py draws them.
 
 Exit codes: 0 done, 1 a cell failed or nothing was measured, 2 bad arguments or no GPU, 130
 interrupted.
@@ -316,7 +316,7 @@ def task_of(args, backend, rows_before, shared):
 def run(args, store, shared, start=Worker):
     """Measure what is missing, one backend after the other: those that run out of memory first,
     then ours."""
-    end, tasks = time.monotonic() + args.budget, {}
+    tasks = {}
     steps = grid.steps()
     for backend in sorted(args.backends, key=lambda b: (not stores_scores(b), b not in steps)):
         for direction in args.directions:
@@ -333,7 +333,7 @@ def run(args, store, shared, start=Worker):
             if not stores_scores(backend):  # nobody needs the GPU alone any more: all may warm up
                 for other in workers.values():
                     other.begin()
-            measure_one(backend, worker, store, shared, max(0.0, end - time.monotonic()))
+            measure_one(backend, worker, store, shared, max(0.0, args.end - time.monotonic()))
     finally:
         for worker in workers.values():
             worker.close()
@@ -421,6 +421,7 @@ def parse(argv):
     add("--plan", action="store_true", help="print the analytic lines, measure nothing")
     add("--serve", action="store_true", help=argparse.SUPPRESS)  # a backend's process
     args = p.parse_args(argv)
+    args.end = common.ends(args.budget, argv)
     if args.serve:
         return p, args
     args.backends = [

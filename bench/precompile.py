@@ -12,7 +12,9 @@ GPU, 130 interrupted.
 """
 
 import argparse
+import concurrent.futures
 import importlib
+import multiprocessing
 import os
 import sys
 import time
@@ -20,6 +22,8 @@ from pathlib import Path
 
 import torch
 from flashstudy.bench import common, reference, rounds
+
+HEAVY = {"flash-attn-4": 4.0, "flex": 4.0, "naive-compiled": 2.0, "v7_hopper_backward": 3.0}
 
 
 def collect(names):
@@ -30,7 +34,24 @@ def collect(names):
         module = importlib.import_module(f"flashstudy.bench.{Path(program).stem}")
         if hasattr(module, "compilations"):
             tasks |= dict.fromkeys(module.compilations(options))
-    return list(tasks)
+    return sorted(tasks, key=weight, reverse=True)
+
+
+def weight(task):
+    """How long a task compiles, roughly: the longest begin first, lest all wait for one."""
+    _, name, *rest = task
+    cells = [(name, rest[0])] if isinstance(name, str) else [(c.backend, c) for c in name]
+    return sum(
+        HEAVY.get(backend, 1.0) * (1.0 if cell.direction == "forward" else 2.0)
+        for backend, cell in cells
+    )
+
+
+def apart(work, *arguments):
+    """The result of work in another process: what this one forks later must not have used CUDA."""
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def main(argv=None):
@@ -41,16 +62,24 @@ def main(argv=None):
     names = [name for name, part in reference.PARTS.items() if part.file]
     p.add_argument("programs", nargs="*", choices=[[], *names], metavar="NAME",
                    help=f"some of {', '.join(names)}")  # fmt: skip
+    p.add_argument("--budget", type=common.positive, metavar="SECONDS",
+                   help="end within this time, imports included; what is left compiles in the"
+                   " program that runs it")  # fmt: skip
     args = p.parse_args(argv)
+    end = common.ends(args.budget, argv)
     if not torch.cuda.is_available():
         print("this program compiles for a GPU, and torch sees no CUDA GPU here", file=sys.stderr)
         return 2
     os.environ[common.FA4_CACHE] = "1"
     start = time.monotonic()
-    compiling = rounds.Precompiler(collect(args.programs or names), rounds.call)
+    names = args.programs or names
+    if os.environ.get(rounds.FORKS) == "1":
+        compiling = rounds.Precompiler(apart(collect, names), rounds.call, start="fork")
+    else:
+        compiling = rounds.Precompiler(collect(names), rounds.call)
     try:
         print(f"{len(compiling.tasks)} compilations in other processes …", flush=True)
-        hung = compiling.wait()
+        hung = compiling.wait(seconds=end - time.monotonic())
     except KeyboardInterrupt:
         compiling.wait(seconds=0.0)
         return 130
@@ -58,6 +87,8 @@ def main(argv=None):
         print(f"did not return within {rounds.PATIENCE} s: {what}")
     for (_, *what), error in compiling.failed:
         print(f"{rounds.failure(error)[1]}: {what}")
+    if left := sum(future.cancelled() or not future.done() for future in compiling.tasks):
+        print(f"--budget left no time for {left} of them")
     print(f"took {time.monotonic() - start:.0f} s")
     return int(bool(hung))
 

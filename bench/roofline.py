@@ -20,10 +20,10 @@ FLOPs, exponentials and bytes are counted by the formulas of bench/explain.py. F
 16 heads of 128, bf16: every length with the full mask, some also causal, one also at other head
 dims (hidden size the same).
 
-It ends within --budget seconds, set-up included; what does not fit is left to the next run. Records
-go to results/roofline-DEVICE.jsonl as each cell is done; the same command again measures only what
-is missing. Five paragraphs that explain them stand at the end. python figures/roofline.py draws
-them.
+It ends within --budget seconds, imports included; what does not fit is left to the next run.
+Records go to results/roofline-DEVICE.jsonl as each cell is done; the same command again measures
+only what is missing. Five paragraphs that explain them stand at the end. python figures/roofline.py
+draws them.
 
 Exit codes: 0 done, 1 a kernel of ours failed or was wrong or nothing was measured, 2 bad arguments
 or no GPU, 130 interrupted.
@@ -459,16 +459,16 @@ def clocks(session, cell, field):
 
 def measure(args, plan, timer, file, provenance):
     """Ceilings, times and counters that the record file lacks. Raises DeviceLost."""
-    end = time.monotonic() + args.budget
     pool = concurrent.futures.ThreadPoolExecutor(1)
     known = pool.submit(ncu_knows) if args.counters else None  # seconds, beside the set-up
     pool.shutdown(wait=False)
     rest = cells.missing(args, plan, file, provenance)
     if rest:
-        seconds = args.budget * (TIMES_SHARE if args.counters else 1.0)
-        measure_times(args, rest, timer, file, provenance, time.monotonic() + seconds)
+        left = args.end - time.monotonic()
+        share = TIMES_SHARE if args.counters else 1.0
+        measure_times(args, rest, timer, file, provenance, args.end - (1 - share) * left)
     if args.counters:
-        count_missing(args, plan, file, provenance, known, end)
+        count_missing(args, plan, file, provenance, known, args.end)
 
 
 def measure_times(args, plan, timer, file, provenance, end):
@@ -502,23 +502,20 @@ def measure_times(args, plan, timer, file, provenance, end):
 
 
 def batches(plan):
-    """[(tasks, counters)]: what one run of ncu counts, the most telling first.
+    """[(tasks, counters)]: what one run of ncu counts, the more telling first.
 
     Traffic of the full mask at the usual head dim; the units at every head dim.
     """
-    steps = grid.steps()
-    traffic = {"ours": [], "others": []}
-    units = []
+    traffic, units = [], []
     for cell, names in plan.items():
         for name in names:
             if cell.causal:
                 continue
             if cell.head_dim == HEAD_DIM:
-                ours = name in steps or BACKENDS[name].family == "standard"
-                traffic["ours" if ours else "others"].append((name, *cell))
+                traffic.append((name, *cell))
             if cell.length == HEAD_DIMS_AT and BACKENDS[name].family != "standard":
                 units.append((name, *cell))
-    found = [(traffic["ours"], TRAFFIC), (units, UNITS), (traffic["others"], TRAFFIC)]
+    found = [(traffic, TRAFFIC), (units, UNITS)]
     return [(tasks, counters) for tasks, counters in found if tasks]
 
 
@@ -607,6 +604,7 @@ def parser():
 
 def parse(p, argv):
     args = p.parse_args(argv)
+    args.end = common.ends(args.budget, argv)
     args.backends = [n for n in BACKENDS if n in {w for part in args.backends for w in part}]
     args.lengths = sorted({n for part in args.lengths for n in part})
     for name in ("backends", "lengths"):

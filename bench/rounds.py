@@ -1,7 +1,7 @@
 """Several backends taking turns in one cell, so that drift and power limits hit all of them alike.
 
-    set-up    every backend in every cell once: compiled, checked against the reference (at the
-              smallest length of its sweep), and its cost taken
+    set-up    every backend compiled, checked against the reference at the smallest length of each
+              sweep, and called at the largest: from that follows what its cells cost, roughly
     cells     in random order; in each, the backends take turns, a few rounds of many calls each,
               and the median over all rounds counts. Every round has an order of its own, and the
               first calls of a turn do not count: under a power limit the clocks follow what ran
@@ -19,6 +19,7 @@ equally long for all, so that the host is ahead and the events see the GPU alone
 
 import collections
 import concurrent.futures
+import copyreg
 import gc
 import itertools
 import math
@@ -33,7 +34,7 @@ from dataclasses import dataclass, field
 import torch
 import torch._functorch.config
 import torch._inductor.config
-from flashstudy.backends import load, why_not
+from flashstudy.backends import BACKENDS, load, why_not
 from flashstudy.bench import common
 from flashstudy.figures import grid
 from flashstudy.validate import errors
@@ -61,12 +62,26 @@ DISK_CACHED = ("flex", "naive-compiled")
 # Where this is "1" in the environment, all of it is on disk (bench/precompile.py): no process is
 # started to compile.
 COMPILED = "FLASHSTUDY_COMPILED"
+# Where this is "1", this process has not used CUDA yet, and forks of it may (bench/reference.py).
+FORKS = "FLASHSTUDY_FORKS"
 WORKERS = 14  # processes that compile at once, at most
 PATIENCE = 120  # seconds without any of them being done: what is left hangs
 
 # Backward calls repeat on one forward (retain_graph), which compiled functions refuse as long as
 # their backward may overwrite what the forward saved.
 torch._functorch.config.donated_buffer = False
+
+
+def memory_format(name):
+    return getattr(torch, name)
+
+
+# torch's compiler finds on disk what another process compiled by a hash of pickled graphs and of
+# settings. The precision of fp32 products begins as "none" and is "ieee", which is the same, as
+# soon as somebody has changed it and back: from the start, it is. And a memory format pickles under
+# the name of whatever module imported torch first: under one name, it does.
+torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
+copyreg.pickle(torch.memory_format, lambda x: (memory_format, (str(x).removeprefix("torch."),)))
 
 
 class DeviceLost(RuntimeError):
@@ -83,6 +98,7 @@ class Contender:
     over: float | None = None  # worst error of its results over what the budget allows
     cost: float = 0.0  # seconds a single call takes, roughly: the host's, then the GPU's
     host: float = 0.0  # seconds of the host to launch it
+    fresh: bool = False  # not called in this shape yet
     call: object = None
     turns: list = field(default_factory=list)  # a list of ms per turn
 
@@ -286,10 +302,14 @@ def slow(name):
     return 0 if done else SLOW_SETUP.index(name) + 1
 
 
+def same_sweep(cell, cells):
+    """Those of the cells that differ from this one in length, batch and heads alone."""
+    return [c for c in cells if (c[:3], c[6:]) == (cell[:3], cell[6:])]
+
+
 def smallest(cell, cells):
     """The cell in which to verify for this one: its sweep's shortest, VERIFY_LENGTH at most."""
-    sweep = [c for c in cells if (c[:3], c[6:]) == (cell[:3], cell[6:])]
-    first = min(sweep, key=lambda c: c.length)
+    first = min(same_sweep(cell, cells), key=lambda c: c.length)
     return first._replace(length=VERIFY_LENGTH, batch=1) if first.length > VERIFY_LENGTH else first
 
 
@@ -311,6 +331,7 @@ class Session:
         self.verifier = Verifier(dtype, timer.device, seed)
         self.draw = random.Random(seed)
         self.attention, self.verdicts, self.reasons = {}, {}, {}
+        self.largest = {}  # sweep and name -> the Contender that was called at its largest cell
         self.ready = {}  # (cell, name) -> Contender, set up
 
     def left(self):
@@ -318,6 +339,10 @@ class Session:
         if self.seconds is None:
             return float("inf")
         return self.start + self.seconds - time.monotonic()
+
+    def cells_of(self, name):
+        """Those in which a backend takes part."""
+        return [cell for cell, names in self.plan.items() if name in names]
 
     def set_up_left(self):
         """Seconds until the set-up's share of them is up."""
@@ -333,7 +358,7 @@ class Session:
 
     def verdict(self, name, cell):
         """(status, reason, over) of a backend's results in the sweep of this cell; once a sweep."""
-        at = smallest(cell, self.plan)
+        at = smallest(cell, self.cells_of(name))
         if (name, at) not in self.verdicts:
             self.verifier.expect(at)
             try:
@@ -359,7 +384,11 @@ class Session:
         return self.reasons[key]
 
     def set_up(self, name, cell):
-        """Compile, verify and time once: a Contender without its call, or with what went wrong."""
+        """Compile, verify, estimate: a Contender without its call, or with what went wrong.
+
+        What compiles every shape anew is called in this cell; of others one call a sweep tells what
+        the cells cost, and `prepare` is the first to call them.
+        """
         it = Contender(name)
         if name != MATMUL:
             if (reason := self.why_not(name, cell)) is not None:
@@ -371,8 +400,27 @@ class Session:
             if status != "ok":
                 it.fail(status, reason)
                 return it
-        self.attempt(it, lambda: self.first_calls(it, cell))
+        known = None if name in DISK_CACHED else self.known(name, cell)
+        if known is None:
+            self.attempt(it, lambda: self.first_calls(it, cell))
+        else:
+            work = 1.0 if name == MATMUL else cell.flops / known[0].flops
+            it.cost, it.host = max(known[1].host, work * known[1].cost), known[1].host
+            it.fresh = True
         return it
+
+    def sweep(self, name, cell):
+        """(key in `largest`, largest cell) of the sweep that this cell belongs to."""
+        at = max(same_sweep(cell, self.cells_of(name)), key=lambda c: c.flops)
+        return (name if name == MATMUL else (name, at)), at
+
+    def known(self, name, cell):
+        """(largest cell of this sweep, the Contender after a call there); None where it failed."""
+        key, at = self.sweep(name, cell)
+        if key not in self.largest:
+            self.largest[key] = it = Contender(name)
+            self.attempt(it, lambda: self.first_calls(it, at))
+        return (at, self.largest[key]) if self.largest[key].status == "ok" else None
 
     def first_calls(self, it, cell):
         """Compile for this shape; then what a call costs the GPU and the host."""
@@ -382,13 +430,15 @@ class Session:
             it.cost, it.host = common.cost(call, self.timer.once)
 
     def to_compile(self):
-        """Tasks that leave their results on disk: a step once a sweep, DISK_CACHED every shape."""
+        """Tasks that leave their results on disk: DISK_CACHED every shape, others twice a sweep."""
         tasks = {}
         for cell, names in self.plan.items():
-            for name in names:
-                if helped(name):
-                    at = cell if name in DISK_CACHED else smallest(cell, self.plan)
-                    tasks[name, at] = None
+            for name in filter(helped, names):
+                tasks[name, smallest(cell, self.cells_of(name))] = None
+                if name in DISK_CACHED:
+                    tasks[name, cell] = None
+                elif BACKENDS[name].family != "standard":  # some launch another kernel at its end
+                    tasks[name, self.sweep(name, cell)[1]] = None
         return [(*task, self.dtype, self.seed) for task in tasks if self.why_not(*task) is None]
 
     def precompile(self):
@@ -424,7 +474,8 @@ class Session:
                 self.refuse(compiling.wait(seconds=max(0.0, self.set_up_left())))
                 compiling = None
             late = self.set_up_left() < 0
-            if late and slow(name):
+            called = name not in DISK_CACHED and self.sweep(name, cell)[0] in self.largest
+            if late and slow(name) and not called:
                 left_out.append((name, cell))
             else:
                 self.settle(name, cell)
@@ -433,7 +484,7 @@ class Session:
     def floor(self, cell):
         """Seconds that the cell takes with one call a turn, preparing included."""
         runs = [it.cost for (c, _), it in self.ready.items() if c == cell and it.status == "ok"]
-        calls = (self.rounds + (1 if run >= common.LONG else 2) for run in runs)  # see prepare
+        calls = (self.rounds + (1 if run >= common.LONG else 5) for run in runs)  # see prepare
         return sum(map(operator.mul, calls, runs)) + 0.01 * len(runs)
 
     def measure(self, cell, seconds):
@@ -456,9 +507,14 @@ class Session:
         return field
 
     def prepare(self, it, cell, given):
-        """The call to time, and its costs again: other processes ran during the set-up."""
+        """The call to time, and its costs: other processes ran during the set-up."""
         it.call = self.closure(it.name, cell, given)
-        if it.cost < common.LONG:
+        if it.fresh:
+            it.fresh = False
+            it.cost, it.host = self.timer.once(it.call)
+            if it.cost < common.LONG:  # the first call may have been a slow one
+                it.cost, it.host = common.cost(it.call, self.timer.once)
+        elif it.cost < common.LONG:
             cost, host = self.timer.once(it.call)
             it.cost, it.host = min(it.cost, cost), min(it.host, host)
 

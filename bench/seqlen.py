@@ -92,7 +92,7 @@ class Effort(NamedTuple):
 
 
 EFFORTS = {
-    ("cuda", "full"): Effort(2, 0.15, 3, 50),
+    ("cuda", "full"): Effort(2, 0.1, 3, 30),
     ("cuda", "quick"): Effort(1, 0.05, 5, 30),
     ("cpu", "full"): Effort(2, 0.15, 3, 50),
     ("cpu", "quick"): Effort(1, 0.05, 3, 50),
@@ -623,7 +623,6 @@ def sweep(args, store, shared):
         return 0
 
     start = time.monotonic()
-    end = math.inf if args.budget is None else start + args.budget
     bench = Bench(args.device, EFFORTS[args.device.type, shared["effort"]], args.seed)
     before = {"study": "seqlen", "metric": "machine", "when": "before"} | shared
     store.append([before | {"utc": common.utc()} | common.gpu_state(args.device)])
@@ -632,8 +631,7 @@ def sweep(args, store, shared):
     print("checking the backends against the fp64 reference …", flush=True)
     try:
         bench.verify(cells, helped=False)  # meanwhile
-        spare = math.inf if args.budget is None else COMPILE_SHARE * args.budget
-        bench.wait(max(0.0, start + spare - time.monotonic()))
+        bench.wait(max(0.0, start + COMPILE_SHARE * (args.end - start) - time.monotonic()))
         bench.verify(cells, helped=True)
     except DeadContext:
         for c in cells:
@@ -660,7 +658,7 @@ def sweep(args, store, shared):
 
         late = []
         for group in todo:
-            if time.monotonic() + takes(group, bench.memory) > end:
+            if time.monotonic() + takes(group, bench.memory) > args.end:
                 late.append(group)
                 continue
             for cell, result in bench.group(group, step):
@@ -899,8 +897,8 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
              " which splits the speed-up into precision times algorithm")  # fmt: skip
     add("--quick", action="store_true", help="three lengths, few samples: a first look")
     add("--budget", type=common.positive, metavar="SECONDS",
-        help="begin no length that would not end within this time; the next run goes on from"
-             " there")  # fmt: skip
+        help="begin no length that would not end within this time, imports included; the next run"
+             " goes on from there")  # fmt: skip
     add("--out", type=Path, metavar="FILE",
         help="record file, JSON lines (default: results/seqlen-DEVICE.jsonl or"
              " results/seqlen-mixed-DEVICE.jsonl)")  # fmt: skip
@@ -912,6 +910,7 @@ Exit codes: 0 done (out of memory and unsupported included), 1 some cell failed 
     add("--seed", type=int, default=0, help="of the data and of the order (default: 0)")
     args = parser.parse_args(argv)
 
+    args.end = common.ends(args.budget, argv)
     if args.device is None:
         args.device = common.default_device()
     args.backends = [name for text in args.backends for name in text.split(",") if name]

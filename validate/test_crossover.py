@@ -335,6 +335,7 @@ def test_a_budget_stops_between_cells_in_the_order_of_the_slices(quiet, tmp_path
         lambda self, name, cell: self.ready.update({(cell, name): rounds.Contender(name)}),
     )  # fmt: skip
     quiet.setattr(crossover, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    quiet.setattr(common, "ends", lambda budget, argv: math.inf if budget is None else budget)
 
     def measure(self, clocks, cell, names, turns):
         clock.now += 1.0
@@ -389,7 +390,7 @@ def test_what_compiles_for_long_is_set_up_last_and_left_out_first(quiet, budget,
         "base": {("float32", cell._replace(length=n)): names for n in range(11)},
         "mask": {("float32", cell._replace(length=n, causal=False)): names for n in range(11)},
     }
-    args = SimpleNamespace(budget=budget, turns=3, seed=0)
+    args = SimpleNamespace(end=math.inf if budget is None else budget, turns=3, seed=0)
     rest = {key: names for part in plan.values() for key in part}
     clocks = SimpleNamespace(timer=SimpleNamespace(device="cuda"))
     crossover.set_up(args, plan, rest, clocks)
@@ -416,7 +417,7 @@ def test_nothing_is_set_up_in_the_last_quarter_of_a_budget(quiet, capsys):
     quiet.setattr(crossover.Session, "settle", settle)
     cell = grid.Cell("forward", 16, True, 0, 1, 2)
     plan = {"base": {("float32", cell._replace(length=n)): ["naive", "sdpa"] for n in range(20)}}
-    args = SimpleNamespace(budget=20, turns=3, seed=0)
+    args = SimpleNamespace(end=20, turns=3, seed=0)
     crossover.set_up(args, plan, plan["base"], crossover.CpuClocks())
     assert len(log) == 15
     assert "no time to set up 25 calls of SDPA, Naive" in capsys.readouterr().out

@@ -295,15 +295,13 @@ def test_counters_join_the_calls_that_have_none(tame, tmp_path, capsys):
     assert not any(t[3] for t in asked)  # causal calls are not counted
 
 
-def test_what_is_counted_first_is_ours():
+def test_traffic_is_counted_first_and_each_kind_in_one_go():
     plan = roofline.plan_of(roofline.parse(roofline.parser(), []))
-    first, second, third = roofline.batches(plan)
-    assert {t[0] for t in first[0]} == {"naive", "v0_naive", "v1_flash", "v3_tma", "v6_persistent"}
-    assert {t[0] for t in third[0]} == {"sdpa-cudnn", "flash-attn"}
+    first, second = roofline.batches(plan)
+    assert {t[0] for t in first[0]} == set(roofline.DEFAULT)
+    assert {t[2] for t in first[0]} == {128}
     assert {t[2] for t in second[0]} == {64, 128, 256}
-    assert [c for _, c in (first, second, third)] == [
-        roofline.TRAFFIC, roofline.UNITS, roofline.TRAFFIC,
-    ]  # fmt: skip
+    assert [c for _, c in (first, second)] == [roofline.TRAFFIC, roofline.UNITS]
 
 
 def test_time_that_is_up_is_said(tame, tmp_path, capsys):
