@@ -80,8 +80,8 @@ PARTS = {
     "ladder": Part("bench/ladder.py --budget 42", "ladder.jsonl", "what each step gains", 45),
     "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 45),
     "peers": Part(
-        f"bench/peers.py --budget 118 --limit sdpa-flash={GRID}@256", "peers.jsonl",
-        "our fastest kernels beside the libraries'", 121,
+        f"bench/peers.py --rounds 5 --budget 178 --limit sdpa-flash={GRID}@256", "peers.jsonl",
+        "our fastest kernels beside the libraries'", 181,
     ),
     "peers-long": Part(
         f"bench/peers.py --long --head-dims 128 --backends {LONG} --limit flex=32768"

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -186,12 +187,16 @@ def test_ctrl_c_lets_a_fork_keep_what_it_has(forks):
         "try:\n    os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)\n"
         "finally:\n    pathlib.Path(sys.argv[-1]).write_text('kept')\n"
     )
-    assert reference.main(["--only", "good", "--out", str(out)]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's is off
+    try:
+        assert reference.main(["--only", "good", "--out", str(out)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (out / "good.jsonl").read_text() == "kept"
 
 
 def test_all_of_it_takes_less_than_a_quarter_of_an_hour():
-    assert reference.IMPORTS + reference.planned(reference.PARTS) <= 810
+    assert reference.IMPORTS + reference.planned(reference.PARTS) < 15 * 60
     for name, part in reference.PARTS.items():
         options = part.command.split()
         if name != "train":  # which trains whole models or none
