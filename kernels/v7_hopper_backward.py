@@ -94,8 +94,8 @@ under a causal mask in descending order, and the list of tiles with them, since 
 diagonal first: it seldom waits. A CTA waits only for places before its own in the list, and those
 are being worked on, so the wait ends. The price: waiting, and under a causal mask the lightest
 tiles first. Share of the speed without it, at N = 512, 4096 and 16384 (GPU and versions as below,
-in turns, 2026-11-27): D = 64 full 0.60 0.48 0.58, causal 0.83 0.63 0.59; D = 128 full 0.66 0.51
-0.53, causal 0.78 0.59 0.53.
+in turns, 2026-11-27): D = 64 full 0.58 0.46 0.57, causal 0.80 0.61 0.59; D = 128 full 0.64 0.51
+0.56, causal 0.76 0.58 0.53.
 
 Against FlashAttention-3: turns in the backward, too, in place of a barrier for dS; persistent CTAs;
 few tiles shared out; no tiles of 80 queries; grouped heads loop over the query heads of a group
