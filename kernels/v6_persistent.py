@@ -123,12 +123,12 @@ Beside the libraries, all in turns of one run of the same day (`bench/peers.py`)
 brackets flash-attn 4, at N = 512 / 2048 / 16384:
 
             D=64                         D=128                        D=256
-    full    417 529 621 (320 480 552)    563 731 734 (442 623 735)    535 739 761 (489 706 778)
-    causal  267 362 563 (178 378 548)    360 622 795 (258 532 656)    331 621 753 (290 588 763)
+    full    425 562 605 (326 483 542)    561 714 726 (441 622 690)    534 714 765 (484 695 756)
+    causal  263 424 570 (178 381 528)    362 618 743 (263 530 645)    330 616 803 (292 586 757)
 
 The third buffer of K at D=256 gains 1 % on average (0.98 to 1.05 over 14 cells of two runs, in
-turns). Both tables are from before three consumers took D=64, causal, from 4096 keys on, which is
-1.04 times as fast (467 for 448 in turns of one run; at N = 2048 it was 0.81 times as fast).
+turns). The first table is from before three consumers took D=64, causal, from 4096 keys on, which
+is 1.04 times as fast (467 for 448 in turns of one run; at N = 2048 it was 0.81 times as fast).
 
 Short calls, 1 × 16 heads, µs a call in a CUDA graph of 20, replayed in turns, same day; in brackets
 with two consumers or more as before, and flash-attn 4. From 1024 queries, full, and 2048, causal,

@@ -79,10 +79,10 @@ Measured, TFLOP/s with everything between dO and the finished gradients, in brac
 flash-attn 4 in turns with it (H200, bf16, D = 256, 16,384 tokens, hidden size 2048; torch 2.11.0,
 triton 3.6.0; 2026-11-27), at N = 512, 2048, 4096 and 16384:
 
-    full    301 (238 / 250)   435 (348 / 338)   466 (385 / 360)   503 (351 / 374)
-    causal  204 (177 / 176)   398 (323 / 302)   442 (346 / 324)   494 (365 / 359)
+    full    303 (236 / 250)   445 (351 / 345)   477 (379 / 367)   487 (351 / 382)
+    causal  207 (177 / 176)   400 (321 / 303)   460 (355 / 328)   494 (382 / 372)
 
-`v3_tma`, with kernels of its own for dK, dV and dQ, reached 240 300 314 307 and 187 294 305 332.
+`v3_tma`, with kernels of its own for dK, dV and dQ, reached 239 305 320 324 and 186 291 315 331.
 """
 
 from triton.experimental import gluon
