@@ -81,13 +81,13 @@ the others would do nothing; a causal mask and about one long tile for each, whe
 average to do; and the end of a full mask's list, where 2048 tiles are 15 rounds of 132 and 68 more,
 for which half the machine waits: these go in eight parts. More parts than that cost more than they
 bring, since each fetches K and V and fills and drains the turns anew. A slot takes 64 KiB at D =
-128: up to 17, 25 and 50 MiB on 132 multiprocessors in the three cases, whatever N. GPU time of a causal call
-with batch 1, 16 heads, D = 128, replayed from a CUDA graph (in turns with the version before, cuDNN
-and flash-attn 4, these in brackets; GPU and versions as below, 2026-11-27): N = 512 21.9 µs (26.9
-32.8 23.2), N = 1024 43.1 (46.8 54.9 41.8), N = 2048, whole, 96.3 (98.5 162 133). Of the 21.9 the
-kernel before takes 3, the last 4.5. In a run before, N = 512 took 22.3 in two parts, 25 in three or
-four. With D = 64 and 32 heads the tiles of N = 512 stay whole: 21.0 (22.4 26.3 17.1); what a CTA
-takes to begin and end counts more there.
+128: up to 17, 25 and 50 MiB on 132 multiprocessors in the three cases, whatever N. GPU time of a
+causal call with batch 1, 16 heads, D = 128, replayed from a CUDA graph (in turns with the version
+before, cuDNN and flash-attn 4, these in brackets; GPU and versions as below, 2026-11-27): N = 512
+21.9 µs (26.9 32.8 23.2), N = 1024 43.1 (46.8 54.9 41.8), N = 2048, whole, 96.3 (98.5 162 133). Of
+the 21.9 the kernel before takes 3, the last 4.5. In a run before, N = 512 took 22.3 in two parts,
+25 in three or four. With D = 64 and 32 heads the tiles of N = 512 stay whole: 21.0 (22.4 26.3
+17.1); what a CTA takes to begin and end counts more there.
 
 deterministic=True gives the sums of dQ an order: a lock for each half of a query tile counts the
 key tiles that have added to it, and the writer waits for its number. Keys go in ascending order;

@@ -148,7 +148,7 @@ class Shared:
     q_empty: gl.shared_memory_descriptor
     do_empty: gl.shared_memory_descriptor
     kv_empty: gl.shared_memory_descriptor
-    mail: gl.shared_memory_descriptor  # two slots: where in the list the next tile stands
+    mail: gl.shared_memory_descriptor  # two slots: the next tile, in numbers
     mail_ready: gl.shared_memory_descriptor
     mail_empty: gl.shared_memory_descriptor
 

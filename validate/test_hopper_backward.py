@@ -35,18 +35,19 @@ WIDE_CASES = [  # of v7_wide_heads
     (256, "bfloat16", True, 512, 1),
     (192, "float16", True, 500, 4),
 ]
-# Not a byte spills with the Triton it was written and measured with. 3.7 is a register or two short
-# between the tiles, the assembler of later ones some more, in the loops too.
+# Bytes by kernel. None with the Triton it was written and measured with; with 3.7 the last kernel
+# spills at a padded head dim of 256, with later ones the main kernel, too, in its loops as well.
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-SPILLS = {(3, 6): 0, (3, 7): 32}.get(VERSION, 800)
+SPILLS = {(3, 6): {}, (3, 7): {"_finish_kernel": 32}}.get(VERSION, {"any": 800})
 PROGRAM = """
 import json, sys, torch
 from flashstudy.validate import compiled
-spills = int(sys.argv[2])
+spills = {"any": 0} | json.loads(sys.argv[2])
 for d, dtype, causal, n, group in json.loads(sys.argv[1]):
     kernels = compiled.compile_step(
         "v7_hopper_backward", 90, d, getattr(torch, dtype), causal, True, [(n, group)])
-    faults = [f for k in kernels for f in compiled.faults(k, 90, tuned=True, spills=spills)]
+    faults = [f for k in kernels for f in compiled.faults(
+        k, 90, tuned=True, spills=spills.get(k.name, spills["any"]))]
     main, = (k for k in kernels if k.name == "_backward_kernel")
     finish, = (k for k in kernels if k.name == "_finish_kernel")
     print(json.dumps(dict(sass=main.sass, ptx=main.asm["ptx"], warps=main.warps, faults=faults,
@@ -58,7 +59,7 @@ for d, dtype, causal, n, group in json.loads(sys.argv[1]):
 def kernels():
     """{case: what the compiler made of it}, from a process of its own that does not interpret."""
     got = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(CASES + WIDE_CASES), str(SPILLS)],
+        [sys.executable, "-c", PROGRAM, json.dumps(CASES + WIDE_CASES), json.dumps(SPILLS)],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -127,19 +128,25 @@ class TestMachineCode:
             assert ptx.index("griddepcontrol.wait") < re.search(read, ptx).start()
 
 
+def loops_of_five(sass):
+    """The main loops of two consumers: of five products each, with no trip to local memory."""
+    loops = main_loops(sass)
+    assert len(loops) == 2
+    for loop in loops:
+        assert VERSION > (3, 7) or not positions(loop, "LDL")
+        assert VERSION > (3, 7) or not positions(loop, "STL")
+        assert len(positions(loop, "WARPGROUP.ARRIVE")) == 5
+    return loops
+
+
 @cases(CASES)
 class TestMainLoops:
     def test_a_turn(self, kernels, case):
         """A turn: five products and their waits in the order of the source, and one fence."""
         d, _, causal, _, _ = case
         registers = config(d).ds_registers  # dS as an operand: dV is waited for alone
-        loops = main_loops(kernels[case]["sass"])
-        assert len(loops) == 2
         turns = set()
-        for loop in loops:
-            assert VERSION > (3, 7) or not positions(loop, "LDL")
-            assert VERSION > (3, 7) or not positions(loop, "STL")
-            assert len(positions(loop, "WARPGROUP.ARRIVE")) == 5
+        for loop in loops_of_five(kernels[case]["sass"]):
             waits = positions(loop, "WARPGROUP.DEPBAR")
             depths = [int(re.search(r"gsb0, 0x(\d)", loop[i][1])[1]) for i in waits]
             # for dQ, (dV), dK, S, dP
@@ -167,8 +174,10 @@ class TestMainLoops:
             # A mask is computed under a branch, where the tile needs one.
             assert bool(positions(loop, "FSEL")) == causal
             # It compares with constants: columns in registers would be kept from turn to turn.
-            held = [i for i in positions(loop, "ISETP") if not re.search(r"0x|RZ", loop[i][1])]
-            assert len(held) <= 3  # the loop's own: 3.7 keeps its bounds in registers; else 32
+            compares = positions(loop, "ISETP")
+            held = [i for i in compares if not re.search(r"0x|RZ", loop[i][1])]
+            assert len(compares) - len(held) >= causal * len(exps)
+            assert len(held) <= (2 if VERSION == (3, 6) else 3)  # the bounds of the loop itself
         assert len(turns) == 2
 
 
@@ -176,13 +185,9 @@ class TestMainLoops:
 class TestWideLoops:
     def test_an_iteration(self, kernels, case):
         """Five products, none from registers; dQ leaves in two parts, each while products run."""
-        loops = main_loops(kernels[case]["sass"])
-        assert len(loops) == 2
+        loops = loops_of_five(kernels[case]["sass"])
         (scores,) = (x for x in loops if positions(x, "MUFU.EX2"))
         for loop in loops:
-            assert VERSION > (3, 7) or not positions(loop, "LDL")
-            assert VERSION > (3, 7) or not positions(loop, "STL")
-            assert len(positions(loop, "WARPGROUP.ARRIVE")) == 5
             waits = positions(loop, "WARPGROUP.DEPBAR")
             depths = [int(re.search(r"gsb0, 0x(\d)", loop[i][1])[1]) for i in waits]
             assert depths == [1, 1, 0]  # dK runs on, S or dP runs on, nothing does
@@ -214,7 +219,7 @@ class TestWideLoops:
             causal = case[2]
             assert bool(positions(loop, "FSEL")) == (causal and loop is scores)
             held = [i for i in positions(loop, "ISETP") if not re.search(r"0x|RZ", loop[i][1])]
-            assert len(held) <= 3  # the loop's own: 3.7 keeps its bounds in registers; else 32
+            assert len(held) <= 2
 
 
 gpu = pytest.mark.gpu

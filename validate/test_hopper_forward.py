@@ -178,9 +178,8 @@ class TestMachineCode:
             # Both products are under way before either is waited for, S is there before it is used.
             assert max(products) < one[0] < zero[0]
             assert one[0] < min(exps)
-            if (
-                d < 256 and consumers(case) > 1
-            ):  # the turn: taken before the first product, given after the last
+            # The turn, where they take some: before the first product, given after the last.
+            if d < 256 and consumers(case) > 1:
                 assert positions(loop, "BAR.SYNC", "0x100")[0] < min(products)
                 given = positions(loop, "BAR.ARV", "0x100")
                 assert len(given) == 1

@@ -140,7 +140,7 @@ def compare_wide(path, repeats):
                 assert torch.equal(x, y), (d, causal, q.shape, k.shape, i)
 
 
-def run(path, repeats, what="forward"):
+def run(path, repeats, what):
     return subprocess.run(
         [sys.executable, __file__, path, str(repeats), what],
         capture_output=True,
@@ -158,11 +158,13 @@ def hopper():
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize(
-    ("source", "late"),
-    [*((SOURCE, x) for x in LATE.values()), *((WIDE, x) for x in WIDE_LATE.values())],
-    ids=[*LATE, *WIDE_LATE],
-)
+VARIANTS = [(SOURCE, x) for x in LATE.values()] + [(WIDE, x) for x in WIDE_LATE.values()]
+variants = pytest.mark.parametrize(("source", "late"), VARIANTS, ids=[*LATE, *WIDE_LATE])
+# direction, and repeats: of the kernel as it is, of one in which somebody sleeps
+RUNS = {SOURCE: ("forward", 200, 25), WIDE: ("backward", 50, 10)}
+
+
+@variants
 def test_the_variants_apply(source, late):
     text = slowed(source.read_text(), *late)
     compile(text, "late", "exec")
@@ -170,32 +172,20 @@ def test_the_variants_apply(source, late):
 
 
 @pytest.mark.gpu
-def test_repeats_are_bitwise_equal(hopper):
-    got = run(SOURCE, 200)
+@pytest.mark.parametrize("source", RUNS, ids=lambda path: path.stem)
+def test_repeats_are_bitwise_equal(hopper, source):
+    direction, repeats, _ = RUNS[source]
+    got = run(source, repeats, direction)
     assert got.returncode == 0, got.stderr[-2000:]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", LATE)
-def test_timing_changes_nothing(hopper, tmp_path, name):
+@variants
+def test_timing_changes_nothing(hopper, tmp_path, source, late):
+    direction, _, repeats = RUNS[source]
     path = tmp_path / "late.py"
-    path.write_text(slowed(SOURCE.read_text(), *LATE[name]))
-    got = run(path, 25)
-    assert got.returncode == 0, got.stderr[-2000:]
-
-
-@pytest.mark.gpu
-def test_repeats_of_the_wide_backward_are_bitwise_equal(hopper):
-    got = run(WIDE, 50, "backward")
-    assert got.returncode == 0, got.stderr[-2000:]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", WIDE_LATE)
-def test_timing_changes_nothing_in_the_wide_backward(hopper, tmp_path, name):
-    path = tmp_path / "late.py"
-    path.write_text(slowed(WIDE.read_text(), *WIDE_LATE[name]))
-    got = run(path, 10, "backward")
+    path.write_text(slowed(source.read_text(), *late))
+    got = run(path, repeats, direction)
     assert got.returncode == 0, got.stderr[-2000:]
 
 
