@@ -11,8 +11,9 @@ from round to round, so that clocks and power limits treat them alike. Backward 
 between dO and finished dQ, dK and dV. Each step is verified before it is timed; 16,384 tokens and a
 hidden size of 2048, bf16.
 
---small-calls measures what a small call costs instead (batch 1, 16 heads of 64, causal, forward):
-host time of an eager call, and GPU time of a CUDA-graph replay, for the steps and their peers.
+--small-calls measures what a small call costs instead (batch 1, 16 heads of 64, causal), a forward
+and a forward with its backward: host time of an eager call, and GPU time of a CUDA-graph replay,
+for the steps and their peers.
 
 Records go to results/ladder-DEVICE.jsonl as each cell is done; the same command again measures only
 what is missing. python figures/ladder.py draws them.
@@ -28,7 +29,7 @@ import sys
 from dataclasses import replace
 
 import torch
-from flashstudy.backends import load
+from flashstudy.backends import BACKENDS, load
 from flashstudy.bench import cells, common, rounds
 from flashstudy.bench.rounds import CHOSEN, MATMUL
 from flashstudy.figures import grid
@@ -66,7 +67,11 @@ def call_once(session, name, cell, given):
 
 
 def small_plan(names):
-    return {grid.Cell("forward", 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
+    plan = {grid.Cell("forward", 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
+    names = [name for name in names if BACKENDS[name].backward]
+    if names:
+        plan |= {grid.Cell(grid.BOTH, 64, True, n, 1, 16): names for n in SMALL_LENGTHS}
+    return plan
 
 
 def measure_small(args, plan, timer, file, provenance, clocks):
@@ -81,7 +86,7 @@ def measure_small(args, plan, timer, file, provenance, clocks):
     for cell, names in cells.progress(plan.items(), desc="small calls", unit="cell"):
         given = session.inputs(cell)
         ready = [session.ready[cell, n] for n in names if (cell, n) in session.ready]
-        with torch.no_grad():  # the first call in a shape may be a slow one
+        with rounds.grad_mode(cell):  # the first call in a shape may be a slow one
             for it in ready:
                 session.attempt(it, functools.partial(call_once, session, it.name, cell, given))
         made = {metric: [replace(it, turns=[]) for it in ready] for metric in clocks}
@@ -91,7 +96,7 @@ def measure_small(args, plan, timer, file, provenance, clocks):
                 call = small_call(it.name, cell, given, stack)
                 it.turns.append(clock(call))
 
-        with torch.no_grad():
+        with rounds.grad_mode(cell):
             for metric, contenders in made.items():
                 rounds.take_turns(
                     contenders,

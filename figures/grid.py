@@ -330,7 +330,8 @@ def small_table(rows, names, dtype="bfloat16"):
     head, seen = ["B=1, H=16, D=64, causal"], {}
     for metric, what in (("host_ms", "host"), ("graph_ms", "graph")):
         for cell, of_cell in by_cell(rows, names, dtype, metric).items():
-            head.append(f"N={cell.length} {what} µs")
+            both = ", with backward" if cell.direction == BOTH else ""
+            head.append(f"N={cell.length} {what} µs{both}")
             seen[f"{cell}, {what}"] = of_cell
             for name in names:
                 r = of_cell.get(name)

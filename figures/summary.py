@@ -271,6 +271,7 @@ def small_words(rows, backends, dtype="bfloat16"):
     spans = {}
     for metric in ("graph_ms", "host_ms"):
         cells = grid.by_cell(rows, backends, dtype, metric)
+        cells = {cell: found for cell, found in cells.items() if cell.direction == "forward"}
         if not cells:
             return None
         cell = min(cells, key=lambda c: c.length)

@@ -4,11 +4,7 @@ Gluon is the layer of Triton in which a kernel says which warps do what and wher
 It is still experimental: names move between releases, and a few things the hardware has are not
 wrapped. All of that is in this file, so that the kernels themselves read like documentation and a
 new Triton breaks one place. The steps compile for sm_90 with Triton 3.6.0, 3.7.1 and 3.9.0, without
-serialised products; they ran on 3.6.0, with which none of them spills. 3.7 and 3.9 ask ptxas for a
-lesser allocation of registers (--regAllocOptLevel=2, against a fault of ptxas 13). With 3.9 it
-leaves up to ten numbers in local memory that a thread of v6 makes of its index: written when the
-kernel starts, read again between tiles, in no main loop (132 bytes; at the assembler's own level
-the same PTX spills nothing). v7 spills 216 bytes at most.
+serialised products or spills; they ran on 3.6.0.
 
 `why_not()` says what is missing where something is; importing this file never fails.
 """
@@ -16,6 +12,7 @@ the same PTX spills nothing). v7 spills 216 bytes at most.
 import functools
 
 import torch
+import triton
 
 from . import _host
 
@@ -32,6 +29,7 @@ else:
     MISSING = None
 
 __all__ = [
+    "OPTIONS",
     "TensorDescriptor",
     "aggregate",
     "any_above",
@@ -61,6 +59,17 @@ def why_not(device=None):
     if device is not None and (have := _host.capability(device)) != HOPPER:
         return "needs compute capability 9.0 exactly (Hopper), this GPU has {}.{}".format(*have)
     return None
+
+
+# -- The compiler --------------------------------------------------------------------------------
+
+# Launch options of every kernel in Gluon. From 3.7 on Triton has ptxas allocate registers at level
+# 2, "to work around ptxas 13.x bug". At that level ptxas 13.4 leaves up to ten numbers in local
+# memory which a thread of v6 makes of its index; at its own level, 4, none. The last one counts.
+OPTIONS = {}
+if [int(n) for n in triton.__version__.split(".")[:2]] >= [3, 7]:
+    user = triton.knobs.nvidia.ptxas_options  # PTXAS_OPTIONS of the environment
+    OPTIONS["ptx_options"] = " ".join(["--regAllocOptLevel=4", *([user] if user else [])])
 
 
 # -- Host: checks and tensor descriptors ---------------------------------------------------------

@@ -19,6 +19,7 @@ import math
 import os
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 LOG2E = math.log2(math.e)  # exp(x) = exp2(x * LOG2E); the hardware has only the base-2 exponential
@@ -233,29 +234,60 @@ def operator(name, forward, backward=None, flags=()):
     register_flop_formula(op.overloadpacket)(forward_flops)
     register_flop_formula(grad_op.overloadpacket)(backward_flops)
 
+    # The dispatcher costs a small call more than its launch does, so `call` goes around it where
+    # none of what it serves is in use: straight to the launcher, or, where a gradient will be
+    # asked for, through a function of autograd's that does what the registration would.
+
+    def short_forward(ctx, q, k, v, *args):
+        o, lse = on_device(forward, q, k, v, *args)
+        ctx.args = args
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    def short_backward(ctx, do, dlse):
+        saved, create_graph = ctx.saved_tensors, torch.is_grad_enabled()
+        if do is None or not backward or create_graph or needs_dispatcher(do, *saved):
+            return differentiate(ctx, do, dlse)
+        return *run_backward(do, *saved, *ctx.args), *(None for _ in ctx.args)
+
+    functions = {"forward": staticmethod(short_forward), "backward": staticmethod(short_backward)}
+    short = type(op_name, (torch.autograd.Function,), functions)  # grad_fn: <{op_name}Backward>
+
     def call(q, k, v, *args):
-        # The dispatcher costs some 6 µs, a tenth of a small call: go around it when none of what
-        # it serves is in use.
         if needs_dispatcher(q, k, v):
+            if any(map(has_tangent, (q, k, v))):  # autograd would drop it in silence
+                raise NotImplementedError(f"{name} has no forward-mode derivative")
             return op(q, k, v, *args)
+        if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
+            q, k, v = (t.to(autocast_dtype(t)) for t in (q, k, v))
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return short.apply(q, k, v, *args)
         return on_device(forward, q, k, v, *args)
 
     call.op, call.backward_op, call.library = op, grad_op, lib
     return call
 
 
-def needs_dispatcher(q, k, v):
+def needs_dispatcher(*tensors):
     """Whether anything watches or transforms a call: then it has to be one operator in its view."""
     return (
         torch.compiler.is_compiling()
-        or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        or not type(q) is type(k) is type(v) is torch.Tensor  # subclasses, fake tensors
+        or {*map(type, tensors)} != {torch.Tensor}  # subclasses, fake tensors
         or torch._C._len_torch_dispatch_stack() > 0  # modes: FLOP counter, fake, export, ...
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu")
+        or forward_ad._current_level >= 0  # dual numbers
     )
+
+
+def has_tangent(t):
+    """Whether forward-mode differentiation, such as torch.func.jvp, goes through this tensor."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def on_device(function, q, *args):

@@ -416,6 +416,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
         _gluon.descriptor(o, o.shape, _gluon.strides("o", o), q_tile),
         lse, scale * _host.LOG2E, H, H // H_KV, N_Q, N_K, c.stages, causal, c.pingpong,
+        **_gluon.OPTIONS,
     )  # fmt: skip
     return o, lse
 

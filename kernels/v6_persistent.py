@@ -917,7 +917,7 @@ def forward(q, k, v, causal, scale, allow_tf32):
         _gluon.descriptor(v, v.shape, _gluon.strides("v", v), k_tile),
         _gluon.descriptor(o_parts, o_shape, (o_b, o_h * pack, o_n, o_h, 1), q_tile),
         lse_parts, drawn, scale * _host.LOG2E, *sizes,
-        c, causal, draw,
+        c, causal, draw, **_gluon.OPTIONS,
     )  # fmt: skip
     if shares > 1:
         _host.launch(

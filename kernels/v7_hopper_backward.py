@@ -1182,7 +1182,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         (triton.cdiv(n_pad, block) * B * H, 1, 1),
         o, do, lse, rows, dq_acc, counter,
         *o.stride()[:3], *do.stride()[:3], *lse.stride(), H, N_Q, n_pad, B * H,
-        D, c.head_dim, block, num_warps=8,
+        D, c.head_dim, block, num_warps=8, **_gluon.OPTIONS,
     )  # fmt: skip
 
     part = [c.block_m * c.head_dim // c.dq_parts // 256, 256]
@@ -1207,7 +1207,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         locks, counter, scale * _host.LOG2E,
         H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, whole, parts,
         c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,
-        causal, ragged, deterministic, num_warps=4, launch_pdl=True,
+        causal, ragged, deterministic, num_warps=4, launch_pdl=True, **_gluon.OPTIONS,
     )  # fmt: skip
     sums = (tiles - whole) * 2 * (c.block_n * c.head_dim // SUM_BLOCK.value)
     _host.launch(
@@ -1217,6 +1217,6 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         dq_acc, dq, split, dk, dv, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         scale, H, N_Q, n_pad, heads, H_KV, N_K, N_K - N_Q, tiles_n, units, section, whole, parts,
         sums, D, c.block_m, c.block_n, c.head_dim, c.split_rows, causal, deterministic,
-        num_warps=8, launch_pdl=True,
+        num_warps=8, launch_pdl=True, **_gluon.OPTIONS,
     )  # fmt: skip
     return dq, dk, dv

@@ -32,19 +32,17 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 
 # Spills that are known and stay, by (step, D, dtype, kernel): bytes at most with Triton 3.6, which
 # the tiles were chosen and measured with, and with later versions, which ask ptxas for a lesser
-# allocation of registers (--regAllocOptLevel=2). v2's tile at D = 256 was faster on an H200 than
-# those tried that do not spill. What later versions spill has not been timed; of v6 it is what a
-# thread makes of its index, read again between the tiles.
+# allocation of registers (--regAllocOptLevel=2; the steps in Gluon turn that back). v2's tile at
+# D = 256 was faster on an H200 than those tried that do not spill. What later versions spill has
+# not been timed.
 KNOWN_SPILLS = {
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
     ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (224, 696),
     ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 72),
     ("v3_tma", 256, "bfloat16", "_dq_kernel"): (0, 8),
     ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 332),
-    ("v6_persistent", 64, "bfloat16", "_forward_kernel"): (0, 68),
-    ("v6_persistent", 256, "bfloat16", "_forward_kernel"): (0, 132),
-    ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 124),
-    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 216),
+    ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 8),
+    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 8),
 }
 WIDER = {"v7_hopper_backward": "v7_wide_heads"}  # the file that takes head dims above a step's own
 LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
@@ -80,14 +78,16 @@ def _tool(path, *args):
 
 
 @functools.cache
-def _ptxas(arch):
-    """The assembler that Triton uses for an architecture, and the options that it gives it."""
+def _ptxas(arch, options):
+    """The assembler that Triton uses for an architecture, and how it calls it for a kernel with
+    these `ptx_options`.
+    """
     from triton.backends.nvidia import compiler
 
-    options = ["-lineinfo", "-v"]
+    call = [compiler.get_ptxas(arch).path, "-lineinfo", "-v"]
     if "--regAllocOptLevel=2" in inspect.getsource(compiler.CUDABackend.make_cubin):
-        options.append("--regAllocOptLevel=2")  # newer versions
-    return compiler.get_ptxas(arch).path, *options
+        call.append("--regAllocOptLevel=2")  # newer versions
+    return *call, *(options or "").split()
 
 
 def _read(kernel, arch):
@@ -96,7 +96,8 @@ def _read(kernel, arch):
         ptx = Path(folder, "k.ptx")
         ptx.write_text(kernel.asm["ptx"])
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.M).group(1)
-        log = _tool(*_ptxas(arch), f"--gpu-name={target}", ptx, "-o", f"{ptx}.cubin").stderr
+        call = *_ptxas(arch, kernel.metadata.ptx_options), f"--gpu-name={target}"
+        log = _tool(*call, ptx, "-o", f"{ptx}.cubin").stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Kernel(
         name=kernel.metadata.name,

@@ -613,13 +613,12 @@ def test_small_calls_are_on_two_clocks(tame, tmp_path, capsys):
     command = ["--small-calls", "--backends", "sdpa-flash", "v1_flash", "--out", str(out)]
     assert ladder.main(command, FakeTimer(), clocks) == 0
     rows = rows_of(out)
-    assert {(r["backend"], r["metric"], r["N_Q"]) for r in rows} == set(
-        itertools.product(("sdpa-flash", "v1_flash"), clocks, ladder.SMALL_LENGTHS)
+    directions = ("forward", grid.BOTH)
+    assert {(r["backend"], r["metric"], r["N_Q"], r["direction"]) for r in rows} == set(
+        itertools.product(("sdpa-flash", "v1_flash"), clocks, ladder.SMALL_LENGTHS, directions)
     )
-    assert {(r["B"], r["H"], r["D"], r["causal"], r["direction"]) for r in rows} == {
-        (1, 16, 64, True, "forward")
-    }
-    assert order == (["host"] * 6 + ["graph"] * 6) * 2
+    assert {(r["B"], r["H"], r["D"], r["causal"]) for r in rows} == {(1, 16, 64, True)}
+    assert order == (["host"] * 6 + ["graph"] * 6) * 4
     text = capsys.readouterr().out
     assert "50.0" in text
     assert "6.0" in text

@@ -173,23 +173,72 @@ def test_registering_twice(monkeypatch):
 
 
 def test_the_short_way_gives_what_the_operator_gives():
-    """A call without gradients, modes or tracing goes around the dispatcher."""
-    q, k, v = inputs()
-    assert not _host.needs_dispatcher(q, k, v)
-    short, long = (op(q, k, v, True, 0.3, False) for op in (v1_flash._op, v1_flash._op.op))
+    """A call that nothing watches or transforms goes around the dispatcher, gradients included."""
+    q, k, v = inputs(grad=True)
+    options = (True, 0.3, False)
+    with torch.no_grad():
+        short, long = (op(q, k, v, *options) for op in (v1_flash._op, v1_flash._op.op))
     assert torch.equal(short[0], long[0])
     assert torch.equal(short[1], long[1])
-    assert _host.needs_dispatcher(q.clone().requires_grad_(), k, v)
-    with torch.no_grad():
-        assert not _host.needs_dispatcher(q.clone().requires_grad_(), k, v)
+    short, long = (op(q, k, v, *options) for op in (v1_flash._op, v1_flash._op.op))
+    assert type(short[0].grad_fn) is not type(long[0].grad_fn)
+    assert "v1_flash" in short[0].grad_fn.name()
+    assert not short[1].requires_grad
+    grads = [torch.autograd.grad(o.sum(), (q, k, v)) for o, _ in (short, long)]
+    assert all(map(torch.equal, *grads))
+    q, k, v = (t.detach().float().requires_grad_() for t in (q, k, v))
+    with torch.autocast(DEVICE, dtype=FP16):
+        short, long = (op(q, k, v, *options) for op in (v1_flash._op, v1_flash._op.op))
+    assert short[0].dtype == FP16
+    assert torch.equal(short[0], long[0])
+
+
+def test_what_takes_the_long_way():
+    q, k, v = inputs()
+    assert not _host.needs_dispatcher(q, k, v)
     with FlopCounterMode(display=False):
         assert _host.needs_dispatcher(q, k, v)
-    with torch.autocast(DEVICE, dtype=FP16):
-        assert _host.needs_dispatcher(q, k, v)
     assert _host.needs_dispatcher(torch.nn.Parameter(q), k, v)
+    assert _host.needs_dispatcher(q, k, torch.nn.Parameter(v))
+    with torch.autograd.forward_ad.dual_level():
+        assert _host.needs_dispatcher(q, k, v)
     inside = []
     torch.func.vmap(lambda t: inside.append(_host.needs_dispatcher(t, t, t)) or t)(q)
     assert inside == [True]
+
+
+@steps
+def test_forward_derivatives_are_refused(step):
+    """Not dropped: an output without its tangent would pass for a constant."""
+    q, k, v = inputs()
+    with torch.autograd.forward_ad.dual_level():
+        q = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            step.attention(q, k, v)
+    q, k, v = inputs()
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(step.attention, (q, k, v), (q, k, v))
+
+
+@steps
+def test_a_backward_that_is_watched_takes_the_long_way(step):
+    """Modes may come on after the forward: the counter sees a backward alone."""
+    q, k, v = inputs(grad=True, n_q=6, n_k=8)
+    o = step.attention(q, k, v).sum()
+    with FlopCounterMode(display=False) as counter:
+        o.backward()
+    assert counter.get_total_flops() == 4 * 2 * 8 * (6 * 8) * 2.5
+
+
+@steps
+def test_with_checkpointing(step):
+    """Saved tensors go through hooks, and may be computed anew."""
+    from torch.utils.checkpoint import checkpoint
+
+    tensors = inputs(grad=True)
+    again = gradients(lambda *t: checkpoint(step.attention, *t, use_reentrant=False), tensors)
+    for a, b in zip(again, gradients(step.attention, tensors), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("loaded", [True, False])
