@@ -28,7 +28,6 @@ import functools
 import sys
 from dataclasses import replace
 
-import torch
 from flashstudy.backends import BACKENDS, load
 from flashstudy.bench import cells, common, rounds
 from flashstudy.bench.rounds import CHOSEN, MATMUL

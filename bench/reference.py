@@ -113,7 +113,7 @@ PARTS = {
         "bench/memory.py --budget 48", "memory.jsonl", "peak memory to a million tokens", 51
     ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 10", "small-calls.jsonl", "what a launch costs", 13
+        "bench/ladder.py --small-calls --budget 24", "small-calls.jsonl", "what a launch costs", 27
     ),
     "decode": Part(
         "bench/decode.py --budget 17", "decode.jsonl", "few queries over many keys", 20
