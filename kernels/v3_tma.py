@@ -563,10 +563,14 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
     if apart:
         q_src, o_src = _describe(q, m, d), _describe(o, m, d)
         do_src, dq_dst = _describe(do, m, d), _describe(dq, m, d)
-    _dq_kernel[(-(-N_Q // m) * B * H,)](  # first: it computes the rows
+    sizes = H, H // H_KV, N_Q, N_K
+    compiled_for = (D, m, n, causal, precision, path, *how.values())
+    key = _host.launch_key((q, k, v, o, do, dq), (*sizes, rows.stride(0)), *compiled_for)
+    _host.launch(  # first: it computes the rows
+        _dq_kernel, key if lse.data_ptr() % 16 == 0 else None, (-(-N_Q // m) * B * H, 1, 1),
         q_src, k_src, v_src, o_src, do_src, dq_dst, lse, rows, scale, scale * _host.LOG2E,
         *qkv_strides, *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3], rows.stride(0),
-        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", apart, **how,
+        *sizes, D, m, n, d, causal, precision, path == "tma", apart, **how,
     )  # fmt: skip
     launches = ((_dkdv_kernel, DKDV, True, True),)
     if apart:
@@ -579,10 +583,13 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32):
             dk_dst, dv_dst = _describe(dk, n, d), _describe(dv, n, d)
             if not apart:
                 rows_src = TensorDescriptor(rows, [B * H * 2, N_Q], [rows.stride(0), 1], [1, m])
-        kernel[(-(-N_K // n) * B * H_KV,)](
+        compiled_for = (D, m, n, causal, precision, path, with_dk, with_dv, *how.values())
+        key = _host.launch_key((q, k, v, do, dk, dv), (*sizes, rows.stride(0)), *compiled_for)
+        _host.launch(
+            kernel, key, (-(-N_K // n) * B * H_KV, 1, 1),
             q_src, k, v, do_src, dk_dst, dv_dst, rows_src, scale, scale * _host.LOG2E,
             *qkv_strides, *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], rows.stride(0),
-            H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma",
+            *sizes, D, m, n, d, causal, precision, path == "tma",
             with_dk, with_dv, **how,
         )  # fmt: skip
     return dq, dk, dv

@@ -90,3 +90,62 @@ def test_mixing_two_generations_of_matrix_instructions_is_a_fault():
     two = one + "#ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0}>"
     assert faults(Kernel("k", 64, 0, 0, 4, (), {"ttgir": one}), 90, tuned=False) == []
     assert "mma" in faults(Kernel("k", 64, 0, 0, 4, (), {"ttgir": two}), 90, tuned=False)[0]
+
+
+KEYS = """
+import contextlib, importlib, sys, torch
+from flashstudy.kernels import _host
+from flashstudy.validate import compiled
+
+launch, found, stack = _host.launch, {}, contextlib.ExitStack()
+
+def note(kernel, key, grid, *args, **options):
+    launch(kernel, key, grid, *args, **options)
+    if key is not None:
+        found.setdefault((kernel.__name__, key), set()).add(kernels[-1].hash)
+
+_host.launch = note
+step = importlib.import_module("flashstudy.kernels." + sys.argv[1])
+kernels = stack.enter_context(compiled.compile_only(90))
+D = 64
+for b, h, h_kv, n_q, n_k, fused in [
+    (1, 2, 2, 48, 48, False), (1, 2, 2, 48, 48, True), (2, 3, 3, 64, 64, True),
+    (1, 16, 1, 48, 47, False), (1, 1, 1, 1, 33, True), (3, 4, 2, 1, 160, False),
+    (1, 2, 2, 61, 48, False), (1, 2, 2, 50, 48, False),
+]:
+    if fused:  # slices of a projection
+        qkv = torch.empty(b, max(n_q, n_k), h + 2 * h_kv, D, dtype=torch.bfloat16).transpose(1, 2)
+        q, k, v = qkv.split((h, h_kv, h_kv), 1)
+        q, k, v = q[:, :, :n_q], k[:, :, :n_k], v[:, :, :n_k]
+    else:
+        q = torch.empty(b, h, n_q, D, dtype=torch.bfloat16)
+        k, v = (torch.empty(b, h_kv, n_k, D, dtype=torch.bfloat16) for _ in range(2))
+    o, do = torch.empty_like(q), torch.empty(b, n_q, h, D, dtype=q.dtype).transpose(1, 2)
+    lse = torch.empty(b, h, n_q)
+    if hasattr(step, "forward"):
+        step.forward(q, k, v, True, 0.125, False)
+    if hasattr(step, "backward"):
+        step.backward(do, q, k, v, o, lse, True, 0.125, False)
+for (name, key), kernels in found.items():
+    print(name, len(kernels), key)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "kernels"),
+    [
+        ("v2_lean", {"_forward_kernel"}),
+        ("v3_tma", {"_forward_kernel", "_dq_kernel", "_dkdv_kernel"}),
+        ("v7_hopper_backward", {"_prepare_kernel", "_backward_kernel", "_finish_kernel"}),
+    ],
+)
+def test_a_launch_key_means_one_kernel(step, kernels, tmp_path):
+    """What Triton compiles anew for is in the key: else a later call would run the wrong kernel."""
+    program = tmp_path / "keys.py"
+    program.write_text(KEYS)
+    got = run(step, program=program)
+    assert got.returncode == 0, got.stderr[-3000:]
+    lines = [line.split(" ", 2) for line in got.stdout.splitlines() if line.startswith("_")]
+    assert {name for name, *_ in lines} == kernels
+    assert [line for line in lines if line[1] != "1"] == []
+    assert any(sum(name == n for n, *_ in lines) > 1 for name in kernels)  # keys that differ
