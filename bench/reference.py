@@ -78,7 +78,9 @@ PARTS = {
         "bench/precompile.py --budget 97", "", "what can be compiled ahead of all others", 100
     ),
     "ladder": Part("bench/ladder.py --budget 42", "ladder.jsonl", "what each step gains", 45),
-    "train": Part("bench/train.py --no-charts", "train.jsonl", "does a model train alike", 45),
+    "train": Part(
+        "bench/train.py --no-charts --seeds 6", "train.jsonl", "does a model train alike", 75
+    ),
     "peers": Part(
         f"bench/peers.py --rounds 5 --budget 178 --limit sdpa-flash={GRID}@256", "peers.jsonl",
         "our fastest kernels beside the libraries'", 181,
