@@ -79,7 +79,7 @@ PARTS = {
     ),
     "ladder": Part("bench/ladder.py --budget 42", "ladder.jsonl", "what each step gains", 45),
     "train": Part(
-        "bench/train.py --no-charts --seeds 6", "train.jsonl", "does a model train alike", 75
+        "bench/train.py --no-charts --seeds 5", "train.jsonl", "does a model train alike", 65
     ),
     "peers": Part(
         f"bench/peers.py --rounds 5 --budget 178 --limit sdpa-flash={GRID}@256", "peers.jsonl",
@@ -115,7 +115,7 @@ PARTS = {
         "bench/memory.py --budget 48", "memory.jsonl", "peak memory to a million tokens", 51
     ),
     "small-calls": Part(
-        "bench/ladder.py --small-calls --budget 24", "small-calls.jsonl", "what a launch costs", 27
+        "bench/ladder.py --small-calls --budget 20", "small-calls.jsonl", "what a launch costs", 23
     ),
     "decode": Part(
         "bench/decode.py --budget 17", "decode.jsonl", "few queries over many keys", 20
