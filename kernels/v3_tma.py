@@ -119,6 +119,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import _host
 
 LOG2E = tl.constexpr(_host.LOG2E)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of all numbers; -inf - -inf would be NaN
+# What the P of a row may sum up to in a tile, by type: see `No maximum but the first`.
+MOST_FP16 = tl.constexpr(2.0**15)
+MOST_BF16 = tl.constexpr(2.0**40)
 
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
@@ -126,7 +130,6 @@ LOG2E = tl.constexpr(_host.LOG2E)
 # The rows for pointers fit in the 99 KiB of shared memory of the smallest GPUs from sm_80 on.
 FORWARD = {
     ("tma", 64): (64, 128, 4, 2),
-    ("tma, full", 64): (64, 128, 4, 1),
     ("tma, few keys", 64): (64, 64, 4, 2),  # causal: less of a tile lies behind the diagonal
     ("tma", 128): (64, 128, 4, 1),
     ("tma", 256): (64, 128, 4, 1),
@@ -275,6 +278,65 @@ def _visible(m, n, N_Q, N_K, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _hide(s, keys):
+    """Scores with -inf past the first `keys` of a tile, a number or one for each row, [BLOCK_M, 1].
+
+    In a tensor core's result a thread has columns 8j + {0, 1} + 2 · (its lane % 4). Compared in two
+    parts, the left side is a constant for each register, and the right side one number for a row.
+    """
+    offs_n = tl.arange(0, s.shape[1])
+    return tl.where((offs_n & ~6)[None, :] < keys - (offs_n & 6)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _attend(
+    q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q, N_K,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The inner loop of algorithm 1: acc, l_i, m_i, and the most that a row's P summed up to.
+
+    CAREFUL takes the maximum of every tile, otherwise the first one's has to do: see `No maximum
+    but the first`.
+    """
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_D: tl.constexpr = q.shape[1]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], LOWEST, tl.float32)
+    most = tl.zeros([BLOCK_M], tl.float32)
+
+    visible = offs_m + (N_K - N_Q + 1)  # causal: query i sees the keys below i + N_K - N_Q + 1
+
+    # Hoisted out of the rare loop, addresses of Q would be kept through the other one, too.
+    for start_n in tl.range(0, hi, BLOCK_N, disable_licm=TMA and CAREFUL):
+        k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 8
+        if start_n >= full:  # the same way for all threads
+            keys = N_K - start_n
+            if CAUSAL:  # (rows past N_Q may see past N_K: zeros, and nobody reads them)
+                keys = (visible - start_n)[:, None]
+            s = _hide(s, keys)
+        if CAREFUL:
+            m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BLOCK_M], line 9
+            alpha = tl.exp2(m_i - m_new)  # [BLOCK_M], 0 at a row's first key
+            l_i *= alpha
+            m_i = m_new
+        elif start_n == 0:  # a row that sees any key sees the first
+            m_i = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_i[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
+        sums = tl.sum(p, 1)
+        l_i += sums
+        if not CAREFUL:
+            most = tl.maximum(most, sums)
+        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
+        if CAREFUL:
+            acc *= alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # line 10
+    return acc, l_i, m_i, most
+
+
+@triton.jit
 def _forward_kernel(
     q_src, k_src, v_src, o_dst, lse_ptr, scale_log2,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn,
@@ -295,33 +357,24 @@ def _forward_kernel(
         v_src += b * stride_vb + h_kv * stride_vh
 
     q = _stream(q_src, b, h, start_m, stride_qm, N_Q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)  # line 4
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # line 5
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
-    for start_n in range(0, hi, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 8
-        if start_n >= full:  # the same way for all threads
-            visible = _visible(offs_m[:, None], offs_n[None, :], N_Q, N_K, CAUSAL)
-            s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)  # [BLOCK_M], line 9
-        # A row that has seen no key yet is at -inf, and -inf - -inf would be NaN.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * scale_log2 - base[:, None])  # [BLOCK_M, BLOCK_N], 0 where masked
-        alpha = tl.exp2(m_i - base)  # [BLOCK_M], 0 at a row's first key
-        l_i = alpha * l_i + tl.sum(p, 1)
-        v = _stream(v_src, b, h_kv, start_n, stride_vn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # line 10
-        m_i = m_new
+    acc, l_i, m_i, most = _attend(
+        q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q, N_K,
+        HEAD_DIM, BLOCK_N, CAUSAL, PRECISION, TMA, CAREFUL=not TMA,
+    )  # fmt: skip
+    if TMA:
+        MOST: tl.constexpr = MOST_FP16 if q.dtype == tl.float16 else MOST_BF16
+        top = tl.max(tl.max(most[:, None], 0))  # of two dimensions: a row of numbers would move
+        if (hi > 0) & (top > MOST):  # rarely; hi > 0 spares acc the choice between itself and 0
+            acc, l_i, m_i, most = _attend(
+                q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q,
+                N_K, HEAD_DIM, BLOCK_N, CAUSAL, PRECISION, TMA, CAREFUL=True,
+            )  # fmt: skip
 
-    o = tl.where(l_i[:, None] > 0, acc * (1 / l_i)[:, None], 0.0)  # line 12; no keys: 0
-    lse = (m_i + tl.log2(l_i)) / LOG2E  # line 13, to base e; -inf there
-
-    _drain(o_dst, b, h, start_m, stride_om, N_Q, o, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
+    lse = (m_i + tl.log2(l_i)) / LOG2E  # line 13, to base e; no keys: -inf
     tl.store(lse_ptr + (b * H + h) * N_Q + offs_m, lse, offs_m < N_Q)
+    o = acc * tl.where(l_i > 0, 1 / l_i, 0.0)[:, None]  # line 12; no keys: 0
+    _drain(o_dst, b, h, start_m, stride_om, N_Q, o, BLOCK_M, HEAD_DIM, BLOCK_D, TMA)
 
 
 @triton.jit
@@ -497,12 +550,8 @@ def _path(capability, work, *tensors):
 
 def _forward_row(path, d, causal, n_k):
     """Which row of FORWARD's path; at head dim 64 the best depends on the mask."""
-    if path == "tma" and d <= 64:
-        if not causal:
-            return "tma, full"
-        if n_k <= FEW_KEYS:
-            return "tma, few keys"
-    return path
+    few = path == "tma" and d <= 64 and causal and n_k <= FEW_KEYS
+    return "tma, few keys" if few else path
 
 
 def _describe(t, block, block_d):

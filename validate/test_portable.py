@@ -73,6 +73,35 @@ def test_huge_logits(attention):
     judge(attention, *inputs(40, 40, 16, dtype=torch.float32, scale=50.0), causal=True)
 
 
+def rising(n_q, n_k, d, rise, dtype=torch.float16):
+    """Scores that rise by `rise` from the first key to the last, beside noise."""
+    q, k, v, do = inputs(n_q, n_k, d, dtype=dtype)
+    q[..., 0] = 8
+    k[..., 0] = torch.linspace(0, rise * d**0.5 / 8, n_k)
+    return q, k, v, do
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(70, 300), (200, 150)])
+@pytest.mark.parametrize("rise", [8, 20, 300])
+def test_rising_scores(attention, n_q, n_k, rise, causal):
+    """Past the first tile's maximum by less than the largest number of fp16, by more, of fp32."""
+    q, k, v, _ = rising(n_q, n_k, 64, rise)
+    got = errors.check(attention, q, k, v, lse=True, causal=causal)
+    assert got.ok, got.reasons
+
+
+@pytest.mark.parametrize("rise", [20, 300])
+def test_rising_scores_are_done_again(monkeypatch, rise):
+    """What `v3_tma` would make of them with the first tile's maximum alone."""
+    monkeypatch.setattr(_host, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(v3_tma, "TMA_MIN_WORK", 1)
+    q, k, v, _ = rising(70, 300, 64, rise)
+    assert v3_tma.attention(q, k, v).isfinite().all()
+    monkeypatch.setattr(v3_tma, "MOST_FP16", tl.constexpr(float("inf")))
+    assert not v3_tma.attention(q, k, v).isfinite().all()
+
+
 def test_odd_head_dim_and_fp32(attention):
     judge(attention, *inputs(33, 17, 59, dtype=torch.float32), causal=True)
 
@@ -131,11 +160,11 @@ def test_paths():
 
 
 def test_forward_rows_at_head_dim_64():
-    """One stage for full calls, short tiles for causal ones of few keys; others by path alone."""
+    """Short tiles for causal calls of few keys; others by path alone."""
     few = v3_tma.FEW_KEYS
     asked = {
-        ("tma", 64, False, few): (64, 128, 4, 1),
-        ("tma", 64, False, 1 << 17): (64, 128, 4, 1),
+        ("tma", 64, False, few): (64, 128, 4, 2),
+        ("tma", 64, False, 1 << 17): (64, 128, 4, 2),
         ("tma", 8, True, few): (64, 64, 4, 2),
         ("tma", 64, True, few + 1): (64, 128, 4, 2),
         ("tma", 65, True, few): (64, 128, 4, 1),

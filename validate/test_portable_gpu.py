@@ -62,6 +62,19 @@ def test_values(step, shape, causal):
     assert verdict.ok, verdict.reasons
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_rising_scores(step, d, dtype, causal):
+    """Far past what fp16, and exp2 in fp32, can hold beside the first tile's maximum."""
+    q, k, v, _ = (t.to(dtype) for t in inputs(1, 2, 2, 700, 1100, d))
+    q[..., 0] = 8
+    for rise in (20, 300):
+        k[..., 0] = torch.linspace(0, rise * d**0.5 / 8, 1100, device="cuda")
+        verdict = errors.check(step.attention, q, k, v, causal=causal, lse=True)
+        assert verdict.ok, (rise, verdict.reasons)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_200_calls_bit_by_bit(step, d):
     """A tile that is overwritten while a product still reads it shows as a rare difference."""
