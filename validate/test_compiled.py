@@ -149,3 +149,24 @@ def test_a_launch_key_means_one_kernel(step, kernels, tmp_path):
     assert {name for name, *_ in lines} == kernels
     assert [line for line in lines if line[1] != "1"] == []
     assert any(sum(name == n for n, *_ in lines) > 1 for name in kernels)  # keys that differ
+
+
+SHARING = """
+import torch
+from flashstudy.validate.compiled import compile_step
+for d, programs in ((64, 3), (128, 3), (256, 2)):
+    for causal in (False, True):
+        (kernel,) = compile_step("v3_tma", 90, d, torch.bfloat16, causal, sizes=[(16384, 1)])
+        registers = -(-kernel.registers // 8) * 8 * 32 * kernel.warps
+        assert programs * registers <= 65536, (d, causal, kernel.registers)
+        assert programs * (kernel.shared + 1024) <= 228 * 1024, (d, causal, kernel.shared)
+print("shared")
+"""
+
+
+def test_forward_programs_of_v3_share_an_sm(tmp_path):
+    """Three at head dims 64 and 128, two at 256; one register a thread too many, and one fewer do."""
+    program = tmp_path / "sharing.py"
+    program.write_text(SHARING)
+    got = run(program=program)
+    assert got.stdout == "shared\n", got.stdout + got.stderr
