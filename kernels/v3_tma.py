@@ -142,9 +142,6 @@ from . import _host
 
 LOG2E = tl.constexpr(_host.LOG2E)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of all numbers; -inf - -inf would be NaN
-# What the P of a row may sum up to in a tile, by type: see `No maximum but the first`.
-MOST_FP16 = tl.constexpr(65504.0)
-MOST_BF16 = tl.constexpr(2.0**64)
 
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
@@ -152,6 +149,7 @@ MOST_BF16 = tl.constexpr(2.0**64)
 # The rows for pointers fit in the 99 KiB of shared memory of the smallest GPUs from sm_80 on.
 FORWARD = {
     ("tma", 64): (64, 128, 4, 2),
+    ("tma, every maximum", 64): (64, 128, 4, 1),  # full mask
     ("tma, few keys", 64): (64, 64, 4, 2),  # causal: less of a tile lies behind the diagonal
     ("tma", 128): (64, 128, 4, 1),
     ("tma", 256): (64, 128, 4, 1),
@@ -314,7 +312,7 @@ def _hide(s, keys):
 def _attend(
     q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, CAREFUL: tl.constexpr,
+    TMA: tl.constexpr, MOST: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The inner loop of algorithm 1: acc, l_i, m_i, and the most that a row's P summed up to.
 
@@ -330,8 +328,8 @@ def _attend(
 
     visible = offs_m + (N_K - N_Q + 1)  # causal: query i sees the keys below i + N_K - N_Q + 1
 
-    # Hoisted out of the rare loop, addresses of Q would be kept through the other one, too.
-    for start_n in tl.range(0, hi, BLOCK_N, disable_licm=TMA and CAREFUL):
+    # Hoisted out of a loop that is rare, addresses of Q would be kept through the other one, too.
+    for start_n in tl.range(0, hi, BLOCK_N, disable_licm=CAREFUL and MOST is not None):
         k = _stream(k_src, b, h_kv, start_n, stride_kn, N_K, BLOCK_N, HEAD_DIM, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N], line 8
         if start_n >= full:  # the same way for all threads
@@ -365,7 +363,7 @@ def _forward_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_om,
     H, GROUP, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """O and lse of one tile of queries: algorithm 1, one turn of its outer loop."""
     b, h, start_m = _tile_of_queries(H, N_Q, BLOCK_M, BLOCK_D, CAUSAL)
@@ -382,15 +380,14 @@ def _forward_kernel(
     full, hi = _key_range(start_m, N_Q, N_K, BLOCK_M, BLOCK_N, CAUSAL)
     acc, l_i, m_i, most = _attend(
         q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q, N_K,
-        HEAD_DIM, BLOCK_N, CAUSAL, PRECISION, TMA, CAREFUL=not TMA,
+        HEAD_DIM, BLOCK_N, CAUSAL, PRECISION, TMA, MOST, CAREFUL=MOST is None,
     )  # fmt: skip
-    if TMA:
-        MOST: tl.constexpr = MOST_FP16 if q.dtype == tl.float16 else MOST_BF16
+    if MOST is not None:
         top = tl.max(tl.max(most[:, None], 0))  # of two dimensions: a row of numbers would move
         if (hi > 0) & (top > MOST):  # rarely; hi > 0 spares acc the choice between itself and 0
             acc, l_i, m_i, most = _attend(
                 q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q,
-                N_K, HEAD_DIM, BLOCK_N, CAUSAL, PRECISION, TMA, CAREFUL=True,
+                N_K, HEAD_DIM, BLOCK_N, CAUSAL, PRECISION, TMA, MOST, CAREFUL=True,
             )  # fmt: skip
 
     lse = (m_i + tl.log2(l_i)) / LOG2E  # line 13, to base e; no keys: -inf
@@ -552,6 +549,9 @@ _dk_kernel = _dv_kernel = _dkdv_kernel  # names to time each by, where they are 
 # Products of 2^33 multiplications take a large GPU about 80 µs. Descriptors take the CPU that long.
 TMA_MIN_WORK = 1 << 33
 FEW_KEYS = 1024  # at most: causal tiles at head dim 64 are half as long
+# By dtype, what the P of a row may sum up to in a tile, for calls through descriptors: see `No
+# maximum but the first`. Others take every tile's maximum.
+MOST = {torch.bfloat16: 2.0**64}
 
 
 def _path(capability, work, *tensors):
@@ -570,10 +570,14 @@ def _path(capability, work, *tensors):
     return "tma"
 
 
-def _forward_row(path, d, causal, n_k):
-    """Which row of FORWARD's path; at head dim 64 the best depends on the mask."""
-    few = path == "tma" and d <= 64 and causal and n_k <= FEW_KEYS
-    return "tma, few keys" if few else path
+def _forward_row(path, d, causal, n_k, most):
+    """Which row of FORWARD's path; at head dim 64 the best depends on the mask, and on MOST."""
+    if path == "tma" and d <= 64:
+        if causal and n_k <= FEW_KEYS:
+            return "tma, few keys"
+        if not causal and most is None:
+            return "tma, every maximum"
+    return path
 
 
 def _describe(t, block, block_d):
@@ -600,19 +604,20 @@ def forward(q, k, v, causal, scale, allow_tf32):
         q, scale = -q, -scale
     scale = max(scale, 1e-37)
     path = _path(_host.capability(q.device), B * H * N_Q * N_K * D, q, k, v, o)
-    row = _forward_row(path, D, causal, N_K)
+    most = MOST.get(q.dtype) if path == "tma" else None
+    row = _forward_row(path, D, causal, N_K, most)
     m, n, d, precision, how = _tiles(FORWARD, FORWARD_FP32, row, q, allow_tf32)
     q_src, k_src, v_src, o_dst = q, k, v, o
     if path == "tma":
         q_src, o_dst = _describe(q, m, d), _describe(o, m, d)
         k_src, v_src = _describe(k, n, d), _describe(v, n, d)
-    compiled_for = (D, m, n, causal, precision, path, *how.values())
+    compiled_for = (D, m, n, causal, precision, path, most, *how.values())
     key = _host.launch_key((q, k, v, o), (H, H // H_KV, N_Q, N_K), *compiled_for)
     _host.launch(
         _forward_kernel, key, (-(-N_Q // m) * B * H, 1, 1),  # the other axes end at 65,535
         q_src, k_src, v_src, o_dst, lse, scale * _host.LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", **how,
+        H, H // H_KV, N_Q, N_K, D, m, n, d, causal, precision, path == "tma", most, **how,
     )  # fmt: skip
     return o, lse
 

@@ -165,7 +165,7 @@ print("shared")
 
 
 def test_forward_programs_of_v3_share_an_sm(tmp_path):
-    """Three at head dims 64 and 128, two at 256; one register a thread too many, and one fewer do."""
+    """Three at head dims 64 and 128, two at 256: with one register more it would be one fewer."""
     program = tmp_path / "sharing.py"
     program.write_text(SHARING)
     got = run(program=program)
