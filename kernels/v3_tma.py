@@ -44,23 +44,25 @@ under the next tile's softmax (FlashAttention-3, arXiv 2407.08608, algorithm 2).
 **No maximum but the first.** Softmax subtracts one number from all scores of a row, and any will
 do, as it cancels in P V / Σ P: the maximum is one with which exp2 cannot overflow. Algorithm 1
 brings it up to date with every tile of keys, and l and O with it. Here the maximum of a row's first
-tile has to do for all. Where later scores are larger P is above 1, which costs nothing: floating
-point is as precise there, and O, l and lse = log(2^m · l) go with any m. What must not happen is an
-overflow. So a program notes the largest sum that the P of a row had in a tile, and looks at it when
-it is through:
+tile has to do for all. Where later scores are larger, P is above 1: floating point is as precise
+there, and O, l and lse = log(2^m · l) go with any m. What must not happen is an overflow. So a
+program notes the largest sum that the P of a row had in a tile, and looks at it when it is through:
 
-    first tile         S │ maximum m │ P = exp2(scale · S - m), sums │ P V
-    each other         S │ P, sums, the largest of them │ P V
-    at the end         has a row a sum above 65,504, where fp16 ends, or in bf16 above 2⁶⁴?
-                           no: O, lse       yes: all tiles once more, each with its maximum
+    first tile     S │ maximum m │ P = exp2(scale · S - m), sums │ P V
+    each other     S │ P, sums, the largest of them │ P V
+    at the end     has a row a sum above 2⁶⁴?    no    O, lse
+                                                 yes   all tiles once more, each with its maximum
 
 A turn of the loop is 353 instructions in place of 496 at D = 128, 346 of 426 at D = 64 and 403 of
-610 at D = 256, and the exponentials begin when S is there. A call all of whose rows have to be done
-again takes TWICE. Not asked after every tile, as in `v6_persistent`: there each warp answers for
-itself, but Triton's branch is one for a program, whose warps would have to agree on it before P V,
-while V, asked for among the exponentials, could only be asked for after it. At D = 128 that ran at
-0.86 to 0.92 of the speed that it had with every tile's maximum. Small calls, through pointers, take
-every maximum.
+610 at D = 256, and the exponentials begin as soon as S is there. 2⁶⁴ leaves room for O. What it
+costs is trust in the first 128 keys: where all programs start again, a call runs at 0.45 of the
+speed. In bf16 scores must grow by 44 for that; random ones with a standard deviation of 10 do in a
+few programs. fp16 ends at 65,504, where 11 is enough and a deviation of 6 was too much: it takes
+every tile's maximum, as do small calls, through pointers, whose loops would need more registers.
+Asking after every tile, as `v6_persistent` does, costs little to start again, but each warp answers
+for itself there. Triton's branch is one for a program: its warps have to agree before P V, and V,
+now asked for among the exponentials, is asked for after them. It ran at 0.86 to 0.92 of the speed
+with every maximum (D = 128, on an H200).
 
 Not always: descriptors cost the CPU 10 to 20 µs each, so a small call is slower with them, and the
 engine wants addresses and strides in multiples of 16 bytes. `_path` decides by GPU, work and
@@ -68,8 +70,8 @@ alignment; the other path is v2's, in the same kernels, by a compile-time flag. 
 
 The rest is `v2_lean` (maths and lines: FlashAttention-2, arXiv 2307.08691; one number for all rows,
 and what overflows once more, has FlashDecoding++, arXiv 2311.01282). FlashAttention-3 has warps of
-their own to drive the engine. In one thing more this differs from v2: the dQ kernel leaves
-lse in base 2 beside delta, in padded rows that a descriptor can take.
+their own to drive the engine. In one thing more this differs from v2: the dQ kernel leaves lse in
+base 2 beside delta, in padded rows that a descriptor can take.
 
 Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v2 → v3 in one run; torch
 2.11.0, triton 3.6.0, 2026-11-22), at N = 512, 2048 and 16384:
@@ -78,9 +80,9 @@ Measured on an H200 (bf16, 16,384 tokens, hidden size 2048; TFLOP/s of v2 → v3
              backward 290 → 294, 332 → 356, 342 → 380    causal  175 → 223, 271 → 329, 313 → 366
     D = 128  backward 284 → 312, 361 → 417, 382 → 465    causal  198 → 226, 310 → 361, 377 → 444
 
-(Causal: all heads one by one.) The forward at D = 128 and 256, causal ones so, too, each in one run
-of 2026-11-27, by BLOCK_M × BLOCK_N, num_stages; beside it Triton's tutorial kernel, restated, with
-the best of three such tiles, and cuDNN:
+(Causal: all heads one by one.) The forward, causal ones so, too, still with every tile's maximum,
+at D = 128 and 256, each in one run of 2026-11-27, by BLOCK_M × BLOCK_N, num_stages; beside it
+Triton's tutorial kernel, restated, with the best of three such tiles, and cuDNN:
 
     D = 128, N         full  512  2048  4096  16384      causal  512  2048  4096  16384
     64 × 128, 1             427   559   580    604              292   460   498    569
@@ -95,8 +97,7 @@ the best of three such tiles, and cuDNN:
     128 × 64, 2             367         517    530              246         443    526
     cuDNN                   530         715    744              353         583    642
 
-The forward at D = 64 in one run of 2026-11-27, in the same way (the tutorial kernel with the best
-of four tiles):
+At D = 64 in one run of 2026-11-27, in the same way (the tutorial kernel: the best of four tiles):
 
     D = 64, N          full  512  1024  2048  4096  16384      causal  512  1024  2048  4096  16384
     64 × 128, 1              351   391   437   447    470              224   294   352   388    430
@@ -105,12 +106,30 @@ of four tiles):
     64 × 64, 3               313   348   358   379    397              223   300   343   364    406
     tutorial                 334   373   396   406    419              229   295   351   372    408
 
-So full calls take the first row, causal ones the second, or up to 1,024 keys the third, whose tiles
-have less behind the diagonal.
+So with every maximum full calls take the first row, causal ones the second, or up to 1,024 keys the
+third, whose tiles have less behind the diagonal. In turns over the peers' grid (D = 64, 128, 256,
+full and causal, N = 512 to 16384) that forward was ahead of the tutorial kernel, with the best of
+three tiles for each cell, in all 36 cells: 1.12 times as fast on average, 1.01 at least (D = 64,
+causal, N = 512).
 
-In turns over the peers' grid (D = 64, 128, 256, full and causal, N = 512 to 16384) this forward was
-then ahead of the tutorial kernel, with the best of three tiles for each cell, in all 36 cells: 1.12
-times as fast on average, 1.01 at least (D = 64, causal, N = 512).
+Every maximum → the first alone over the same grid, in turns on an H100 (same versions, 2026-11-27),
+at N = 512, 1024, 2048, 4096, 8192 and 16384:
+
+    D = 64   full    340 → 343   404 → 419   429 → 461   444 → 468   445 → 485   447 → 490
+             causal  228 → 239   307 → 333   362 → 386   404 → 433   420 → 461   430 → 467
+    D = 128  full    386 → 388   470 → 477   531 → 548   535 → 598   542 → 574   563 → 613
+             causal  257 → 256   371 → 372   456 → 460   483 → 498   507 → 510   522 → 524
+    D = 256  full    413 → 414   507 → 512   557 → 565   572 → 574   599 → 589   599 → 619
+             causal  263 → 264   377 → 385   431 → 438   471 → 475   482 → 484   519 → 515
+
+That is 1.035 times as fast on average, and at D = 128 from 2,048 keys on 1.51 to 1.66 times as fast
+as flash-attn 2 in the same turns. At D = 64 full calls now take two stages: the first row of their
+table gave 331, 398, 432 up to N = 2048, the third 331, 400, 439, 450, 457, 474; causal the second
+gave 220 and 317 up to 1024, the third from 2048 on 393, 433, 458, 473; 128 × 64 by eight warps 0.83
+to 0.89 of what is here. At D = 128, 64 × 64 with two stages gave 0.78 to 0.89 of it, 128 × 64 by
+four warps 555 and 589 (full, N = 2048 and 16384). D = 128, full, N = 16384, in other turns, by the
+standard deviation of the scores, 3, 6, 10: 540 → 581, 562 → 594, 560 → 546; scores that rise by 100
+through the keys 552 → 250. fp16 with its bound, the same: 562 → 584, 563 → 248, 568 → 253.
 
 The backward at D = 256, N = 512, 4096 and 16384 in one run of 2026-11-27: dK and dV in one kernel
 (64 × 64, dQ 128 × 32, eight warps, two stages) → apart; cuDNN in brackets:
