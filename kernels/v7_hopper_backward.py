@@ -12,8 +12,8 @@ backward is the machine's own division of labour, as in FlashAttention-3 (arXiv 
 all three gradients: five products a tile where two passes that both recompute S and dP take seven.
 
 Tile map. A CTA owns BLOCK_N = 128 keys and walks over the query tiles that see them. dK and dV
-stay in registers all the way; dQ, to which every CTA of a head contributes, is summed in fp32 in
-device memory.
+stay in registers all the way; dQ, to which every key tile of a head contributes, is summed in fp32
+in device memory.
 
                queries →                        consumer 0    4 warps, keys  0..63  of the tile
     keys   ┌────┬────┬────┬────┐                consumer 1    4 warps, keys 64..127
@@ -89,35 +89,66 @@ the 21.9 the kernel before takes 3, the last 4.5. In a run before, N = 512 took 
 25 in three or four. With D = 64 and 32 heads the tiles of N = 512 stay whole: 21.0 (22.4 26.3
 17.1); what a CTA takes to begin and end counts more there.
 
-deterministic=True gives the sums of dQ an order: a lock for each half of a query tile counts the
-key tiles that have added to it, and the writer waits for its number. Keys go in ascending order;
-under a causal mask in descending order, and the list of tiles with them, since a CTA meets the
-diagonal first: it seldom waits. A CTA waits only for places before its own in the list, and those
-are being worked on, so the wait ends. The price: waiting, and under a causal mask the lightest
-tiles first. Share of the speed without it, at N = 512, 4096 and 16384 (GPU and versions as below,
-in turns, 2026-11-27): D = 64 full 0.58 0.46 0.57, causal 0.80 0.61 0.59; D = 128 full 0.64 0.51
-0.56, causal 0.76 0.58 0.53.
+Short sequences. Where there are heads enough for all multiprocessors, one CTA takes all key tiles
+of a key head, in ascending order: a chain. It meets every query tile with the first of them, whose
+dQ it stores; the next ones are added; and with the last one that a query tile sees, the consumers
+add the sum to their dQ, which then leaves rounded and in its place. So nothing is cleared, nobody
+converts afterwards, two kernels do for three, and each CTA has one head's worth of memory for sums,
+which mostly stay in L2: at N = 512, D = 128 33 MiB, not 128, and none where there is one key tile.
+And dQ has one order: it repeats bit by bit for free. A sum comes back with its consumer's way out,
+that is free again, so that the consumer waits for both at once; where a key tile begins the writer
+waits until the sums of the one before are in memory, not only on their way. Causal chains walk
+there and back, since what was met last is in L2.
+
+What they bring hangs on L2. 132 chains at a time have 132 heads at work, 8 bytes an element of Q,
+where the list by sections has but as many as fit. Time with the list over time in chains (in turns
+replayed from CUDA graphs; NVIDIA H100 with 3.35 TB/s, bf16, 16,384 tokens, hidden size 2048; torch
+2.11.0, triton 3.6.0; 2026-11-27; a - was not measured):
+
+                            N = 256    512   1024   2048
+    D = 64         full        -      1.01   0.61   0.53
+                   causal     1.64    1.37   0.90   0.65
+    D = 128        full       1.27    0.77   0.56   0.46
+                   causal     1.65    1.10   0.73   0.56
+      there and back, full    1.33    0.87   0.61    -
+                      causal  1.66    1.14   0.77    -
+
+Hence `_chains`. In µs: causal, N = 512, D = 64 347 for 475, D = 128 399 (there and back) for 455; N
+= 256 261 for 427 and 254 for 421; 8 x 16 heads, N = 128, D = 128 16 for 26. Chains alone, with the
+last kernel left as it is, took 394, 485, 321 and 320. (There and back was measured when consumer 0
+still handed over a chain's last dQ with the next tile's scores; without it, both ways took the same
+time.) With a full mask it is faster, too, but ptxas spills registers of the loader at D = 128.
+
+deterministic=True gives the sums of dQ an order, where chains do not: a lock for each half of a
+query tile counts the key tiles that have added to it, and the writer waits for its number. Keys go
+in ascending order; under a causal mask in descending order, and the list of tiles with them, since
+a CTA meets the diagonal first: it seldom waits. A CTA waits only for places before its own in the
+list, and those are being worked on, so the wait ends. The price: waiting, and under a causal mask
+the lightest tiles first. Share of the speed without it and without chains, at N = 512, 4096 and
+16384 (GPU and versions as below, in turns, 2026-11-27): D = 64 full 0.58 0.46 0.57, causal 0.80
+0.61 0.59; D = 128 full 0.64 0.51 0.56, causal 0.76 0.58 0.53.
 
 Against FlashAttention-3: turns in the backward, too, in place of a barrier for dS; persistent CTAs;
 few tiles shared out; no tiles of 80 queries; grouped heads loop over the query heads of a group
-inside the CTA, so that dK and dV need no accumulators in memory. As there, a first kernel computes
-delta and clears the accumulator of dQ, and a last one scales it, restores its order and rounds: 14
-bytes an element, at 4 TB/s. The three launches overlap (programmatic dependent launch): a kernel is
-set up while the one before still runs, and waits for it before it reads what that has written. Both
-small kernels walk so that what the main one reads first, or has summed last, is still in L2. To
-leave the last one to the two idle warps of the main kernel, which convert a query tile when all its
-sums are in, was slower (same GPU and versions, 2026-11-27; D = 128, causal: 502 µs of GPU time for
-367 at N = 512, 5.3 ms for 4.6 at 16384). The sums must be counted, and to count one the writer
-waits until it has arrived in memory, not only until it has left shared memory; and two warps with
-24 registers took longer over it than the kernel that they replaced.
+inside the CTA, so that dK and dV need no accumulators in memory; chains. As there, a first kernel
+computes delta and, but for chains, clears the accumulator of dQ, and a last one scales it, restores
+its order and rounds: 14 bytes an element, at 4 TB/s. The three launches overlap (programmatic
+dependent launch): a kernel is set up while the one before still runs, and waits for it before it
+reads what that has written. Both small kernels walk so that what the main one reads first, or has
+summed last, is still in L2. To leave the last one to the two idle warps of the main kernel, which
+convert a query tile when all its sums are in, was slower (same GPU and versions, 2026-11-27; D =
+128, causal: 502 µs of GPU time for 367 at N = 512, 5.3 ms for 4.6 at 16384). The sums must be
+counted, and to count one the writer waits until it has arrived in memory, not only until it has
+left shared memory; and two warps with 24 registers took longer over it than the kernel that they
+replaced.
 
 Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 with zeros; at 256 dK
 and dV alone would fill the registers: see v7_wide_heads). dK and dV are bitwise repeatable, dQ if
-asked for.
+asked for, or in chains.
 
-Measured, TFLOP/s with everything between dO and the finished gradients, in brackets cuDNN /
-flash-attn 4, in turns replayed from CUDA graphs (H200, bf16, 16,384 tokens, hidden size 2048; torch
-2.11.0, triton 3.6.0; 2026-11-27), at N = 512, 2048 and 16384:
+Measured before there were chains, TFLOP/s with everything between dO and the finished gradients, in
+brackets cuDNN / flash-attn 4, in turns replayed from CUDA graphs (H200, bf16, 16,384 tokens, hidden
+size 2048; torch 2.11.0, triton 3.6.0; 2026-11-27), at N = 512, 2048 and 16384:
 
     D = 64   full    358 (281 / 326)   493 (390 / 455)   556 (414 / 522)
              causal  221 (171 / 220)   401 (312 / 389)   533 (393 / 518)
@@ -162,6 +193,7 @@ from ._gluon import (
 
 MAX_HEAD_DIM = 128
 L2_BYTES = 40 << 20  # of 50 MiB: what a section of heads may take
+CHAIN_BYTES = 70 << 20  # what the heads that chains walk at a time may take
 
 # Named barriers, by their number in PTX (Triton keeps the low ones), and how many threads meet.
 TURN = gl.constexpr(8)  # 8, 9: it is that consumer's turn at the tensor cores
@@ -196,12 +228,15 @@ class Config(NamedTuple):
     ds_registers: bool  # dS as dK's operand: from registers, or through shared memory
     dq_parts: int  # dQ of a query tile is added in so many parts
     out_rows: int  # dK and dV are stored so many rows at a time
+    chains: bool  # the kernel can take the key tiles of a unit one after the other
 
 
 CONFIGS = {
-    64: Config(128, 128, 64, True, False, 2, 64),
-    128: Config(64, 128, 128, False, True, 2, 64),
+    64: Config(128, 128, 64, True, False, 2, 64, True),
+    128: Config(64, 128, 128, False, True, 2, 64, True),
 }
+JOINS, COMPLETES, ALONE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # Work.fate
+LN_2 = gl.constexpr(0.6931471805599453)  # scale = qk_scale * LN_2
 MAIL = gl.constexpr(6)  # numbers that say which tile is next
 STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
 
@@ -345,11 +380,12 @@ class Problem:
     CAUSAL: gl.constexpr
     RAGGED: gl.constexpr  # the last tile reaches past N_K
     DETERMINISTIC: gl.constexpr
+    CHAINED: gl.constexpr  # a CTA takes all key tiles of a unit; then N_Q = N_K where causal
 
     @gluon.constexpr_function
     def __init__(
         self, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
-        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED,
     ):  # fmt: skip
         self.H, self.HEADS, self.OFFSET = H, HEADS, OFFSET
         self.TILES_M, self.TILES_N = TILES_M, TILES_N
@@ -361,6 +397,25 @@ class Problem:
         self.DS_REGISTERS = gl.constexpr(DS_REGISTERS)
         self.CAUSAL, self.RAGGED = gl.constexpr(CAUSAL), gl.constexpr(RAGGED)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
+        self.CHAINED = gl.constexpr(CHAINED)
+
+    @gluon.jit
+    def first(self, number):
+        """The first place of the list that goes with a number drawn."""
+        if self.CHAINED:  # see `launch`: then the key tiles of a unit are next to one another
+            number *= self.TILES_N
+        return number
+
+    @gluon.jit
+    def next(self, place, next_ptr):
+        """The place after this one that the CTA works at."""
+        place += 1
+        if not self.CHAINED or place % self.TILES_N == 0:
+            place = gl.atomic_add(next_ptr, 1, sem="relaxed")
+            if not self.DETERMINISTIC:  # else the first was drawn, too
+                place += gl.num_programs(0)
+            place = self.first(place)
+        return place
 
     @gluon.jit
     def size(self):
@@ -418,9 +473,17 @@ class Problem:
             full = gl.maximum(start_n + self.BLOCK_N - 1 - self.OFFSET, 0)  # it sees them all
             masked = gl.minimum(gl.cdiv(full, self.BLOCK_M) - lo, tiles)
             edge_n = start_n - self.OFFSET - lo * self.BLOCK_M
+        final = gl.to_tensor(0)
+        back = gl.to_tensor(False)
+        if self.CHAINED:
+            final = masked * self.HEADS  # OFFSET = 0: no later key tile meets these
+            if drawn.n + 1 == self.TILES_N:
+                final = drawn.count
+            if self.CAUSAL:  # there and back: what was met last is in L2 (full: ptxas would spill)
+                back = drawn.n % 2 == 1
         return Work(
             drawn.b, drawn.h_kv * self.HEADS, drawn.h_kv, start_n, lo, masked, tiles, self.HEADS,
-            edge_n, drawn.first, drawn.count, drawn.place,
+            edge_n, drawn.first, drawn.count, drawn.place, final, back,
         )  # fmt: skip
 
     @gluon.jit
@@ -449,15 +512,29 @@ class Work:
     first: gl.tensor  # of all iterations, query tiles times heads: the first of this part
     count: gl.tensor  # and how many it has
     slot: gl.tensor  # where dV and dK of this part go; negative for a whole tile
+    final: gl.tensor  # chains: so many of its iterations, the first, complete a tile of dQ
+    back: gl.tensor  # chains: the query tiles without a mask, last one first
 
     @gluon.constexpr_function
     def __init__(
-        self, b, h, h_kv, start_n, lo, masked, tiles, heads, edge_n, first, count, slot
+        self, b, h, h_kv, start_n, lo, masked, tiles, heads, edge_n, first, count, slot, final,
+        back,
     ):  # fmt: skip
         self.b, self.h, self.h_kv, self.start_n = b, h, h_kv, start_n
         self.lo, self.masked, self.tiles = lo, masked, tiles
         self.heads, self.edge_n = heads, edge_n
         self.first, self.count, self.slot = first, count, slot
+        self.final, self.back = final, back
+
+    @gluon.jit
+    def fate(self, it):
+        """Of dQ of an iteration in a chain: it joins the sum, completes it, or is all of it."""
+        fate = gl.to_tensor(JOINS)
+        if it < self.final:
+            fate = gl.to_tensor(COMPLETES)
+            if self.start_n == 0:
+                fate = gl.to_tensor(ALONE)
+        return fate
 
     @gluon.jit
     def locate(self, it):
@@ -470,7 +547,8 @@ class Work:
         else:
             full = self.tiles - self.masked
             h = self.h + (it - edge) // full
-            m = self.lo + self.masked + (it - edge) % full
+            j = (it - edge) % full
+            m = self.lo + self.masked + gl.where(self.back, full - 1 - j, j)
         return h, m
 
 
@@ -482,7 +560,7 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
     rows = problem.UNITS * problem.HEADS * problem.TILES_M * BLOCK_M  # of LSE; then those of delta
     count = gl.to_tensor(0)  # query tiles over all key tiles: the rings never start over
     turn = gl.to_tensor(0)
-    place = gl.program_id(0)
+    place = problem.first(gl.program_id(0))
     drawn = problem.draw(place)  # while the kernel before this one still runs
     # It must have finished: waited for here alone, since the other roles begin with what this one
     # brings.
@@ -523,9 +601,7 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
             tma_load(rows_desc, [rows + row], do_ready, sm.delta.index(slot))
             count += 1
         turn += gl.minimum(work.count, 1)
-        place = gl.atomic_add(next_ptr, 1, sem="relaxed")
-        if not problem.DETERMINISTIC:
-            place += gl.num_programs(0)
+        place = problem.next(place, next_ptr)
         drawn = problem.draw(place)
     sm.send(turn, drawn)  # past the end of the list: everybody stops
 
@@ -549,11 +625,33 @@ def _all_but_latest_done():
 
 
 @gluon.jit
-def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
+def _sums_done():
+    """Wait until all of a key tile's sums are in device memory.
+
+    It is all but the latest two, the halves of dK. What is stored, added to or fetched next comes
+    after them, so that a sum has one order. Fetching it back is the copy engine's reading of what
+    it has written itself; the fence is what PTX asks for between the two.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 2; fence.proxy.async; mov.u32 $0, $1;",
+        "=r,r,~{memory}",
+        [gl.to_tensor(0)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    meet()
+
+
+@gluon.jit
+def _writer(sm, problem, dq_desc, grad_desc, dk_desc, dv_desc, part_desc, lock_ptr):
     """One warp: what the consumers put on their ways out, it hands to the copy engine.
 
     Of n query tiles a consumer hands over n + 2 things. Consumer 1: dQ of all, dV, dK; consumer 0,
     half an iteration later: dQ of all but the last, dV, dQ of the last, dK.
+
+    Chains: with key tile 0, which meets all query tiles, dQ is stored in the CTA's own memory, with
+    others added to it; with the last that a query tile sees it comes complete and rounded.
     """
     HALF: gl.constexpr = problem.BLOCK_N // 2
     ROWS: gl.constexpr = dq_desc.block_type.shape[0]
@@ -562,10 +660,14 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
     while work.count > 0:
         n = work.count
         owed = gl.to_tensor(-1)  # the lock of the latest sum, to be passed on when that is done
+        if problem.CHAINED and turn > 0:  # the ways out are not given back yet
+            _sums_done()
+            for c in gl.static_range(1, -1, -1):
+                _out_empty(sm, problem, work, 0, n, dq_desc, c)
         for it in range(n + 2):
             for c in gl.static_range(1, -1, -1):
                 h, m = work.locate(gl.minimum(it, n - 1))
-                part = ((work.b * problem.H + h) * problem.TILES_M + m) * 2 + c
+                part = _sum_part(problem, work, h, m, c)
                 lock = gl.to_tensor(-1)
                 if problem.DETERMINISTIC:  # noqa: SIM102 (this one is decided by the compiler)
                     if it != n + 1 and it != n - 1 + c:
@@ -586,6 +688,18 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
                         tma_store(dv_desc, coord, sm.out_as(c, dv_desc))
                     else:
                         tma_store(part_desc, [1, work.slot, c * HALF, 0], sm.out_as(c, dk_desc))
+                elif problem.CHAINED:
+                    if gl.minimum(it, n - 1) < work.final:
+                        row, column = m * problem.BLOCK_M, 0
+                        if problem.SPLIT_ROWS:
+                            row += c * (problem.BLOCK_M // 2)
+                        else:
+                            column += c * (problem.HEAD_DIM // 2)
+                        tma_store(grad_desc, [work.b, h, row, column], sm.out_as(c, grad_desc))
+                    elif work.start_n == 0:
+                        tma_store(dq_desc, [part * ROWS, 0], sm.out_as(c, dq_desc))
+                    else:
+                        tma_reduce_add(dq_desc, [part * ROWS, 0], sm.out_as(c, dq_desc))
                 else:
                     tma_reduce_add(dq_desc, [part * ROWS, 0], sm.out_as(c, dq_desc))
 
@@ -596,6 +710,10 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
                     owed = lock
                     if c == 0 or it > 0:  # the one before this
                         mbarrier.arrive(sm.out_empty.index(1 - c), count=1)
+                elif problem.CHAINED:
+                    tma_store_wait(0)
+                    if it < n + 1:  # else the next comes from another key tile
+                        _out_empty(sm, problem, work, it + 1, n, dq_desc, c)
                 else:
                     tma_store_wait(0)
                     mbarrier.arrive(sm.out_empty.index(c), count=1)
@@ -604,6 +722,34 @@ def _writer(sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr):
             mbarrier.arrive(sm.out_empty.index(0), count=1)
         turn += 1
         work = sm.receive(turn, 1, problem)
+
+
+@gluon.jit
+def _sum_part(problem, work, h, m, c: gl.constexpr):
+    """Which half of a query tile's sum this is, in the order of their places in memory."""
+    if problem.CHAINED:  # a place for each CTA
+        head = gl.program_id(0) * problem.HEADS + h - work.h
+    else:
+        head = work.b * problem.H + h
+    return (head * problem.TILES_M + m) * 2 + c
+
+
+@gluon.jit
+def _out_empty(sm, problem, work, it, n, dq_desc, c: gl.constexpr):
+    """Chains: give a way out back, with the sum that its next content completes, if it does.
+
+    `it` counts what is handed over as in _writer. The sum's arrival is the barrier's, so that the
+    consumer finds the way out empty, or filled with what it has to add.
+    """
+    ROWS: gl.constexpr = dq_desc.block_type.shape[0]
+    at = gl.minimum(it, n - 1)
+    if it != n + 1 and it != n - 1 + c and work.fate(at) == COMPLETES:
+        h, m = work.locate(at)
+        mbarrier.expect(sm.out_empty.index(c), dq_desc.block_type.nbytes)
+        row = _sum_part(problem, work, h, m, c) * ROWS
+        tma_load(dq_desc, [row, 0], sm.out_empty.index(c), sm.out_as(c, dq_desc))
+    else:
+        mbarrier.arrive(sm.out_empty.index(c), count=1)
 
 
 @gluon.jit
@@ -621,33 +767,58 @@ def _hand_over(tile, sm, desc, count, WG: gl.constexpr):
 
 
 @gluon.jit
-def _put_dq(dq, sm, dq_desc, count, WG: gl.constexpr):
-    """Put a part of dQ on the way out, in the order in which the registers hold it."""
+def _put_dq(
+    dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, count, WG: gl.constexpr,
+):  # fmt: skip
+    """Put a part of dQ on the way out, in the order in which the registers hold it.
+
+    In a chain, by its fate: so, or complete and in the tile's own order.
+    """
     # row = (warp, i, quad) and column = (j, lane, e) of the accumulator layout: a thread owns all
     # (i, j, e) of its (warp, quad, lane). In the order (j, warp, quad, lane, i, e) it owns groups
     # of four: stores of 16 bytes, without the two-way bank conflicts of rows and columns. Moves
     # nothing between threads; _finish_kernel puts rows and columns back.
     J: gl.constexpr = dq.shape[1] // 8
-    dq = dq.reshape([4, 2, 8, J, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([2 * J, 256])
+    ordered = dq.reshape([4, 2, 8, J, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([2 * J, 256])
     mbarrier.wait(sm.out_empty.index(WG), (count & 1) ^ 1)
-    sm.out_as(WG + (count >> 30), dq_desc).store(dq)  # as above
+    which = WG + (count >> 30)  # as above
+    if problem.CHAINED:
+        if fate == JOINS:
+            sm.out_as(which, dq_desc).store(ordered)
+        else:
+            if fate == COMPLETES:  # the sum of the others has come with the empty way out
+                rest = sm.out_as(which, dq_desc).load(ordered.type.layout)
+                rest = rest.reshape([J, 4, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5))
+                dq += gl.convert_layout(rest.reshape(dq.shape), dq.type.layout)
+            meet()  # all four warps have read it
+            dq = dq * (qk_scale * LN_2)
+            sm.out_as(which, grad_desc).reshape(dq.shape).store(dq.to(grad_desc.dtype))
+    else:
+        sm.out_as(which, dq_desc).store(ordered)
 
 
 @gluon.jit
-def _hand_over_dq(dq, sm, dq_desc, count, WG: gl.constexpr):
+def _hand_over_dq(
+    dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, count, WG: gl.constexpr,
+):  # fmt: skip
     """Put a part of dQ before the writer."""
-    _put_dq(dq, sm, dq_desc, count, WG)
+    _put_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, count, WG)
     fence_async_shared()
     barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
 
 
 @gluon.jit
-def _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, count, WG: gl.constexpr):
-    """What is left of a tile when the next has begun: consumer 0's last part of dQ, and dK."""
-    if WG == 0:
-        _hand_over_dq(dq, sm, dq_desc, count, WG)
-    dk = dk * (qk_scale * 0.6931471805599453)  # scale = qk_scale / log2(e)
-    _hand_over(dk, sm, dk_desc, count + 1, WG)
+def _hand_over_last(
+    dq, dk, start_n, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale, count, WG: gl.constexpr,
+):  # fmt: skip
+    """What is left of a tile when the next has begun: consumer 0's last part of dQ, and dK.
+
+    start_n is that of the next: 0 where a chain begins, since the one before has left its dQ at its
+    end (there registers are free for the sum that it completes).
+    """
+    if WG == 0 and (not problem.CHAINED or start_n > 0):
+        _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, count, WG)
+    _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, count + 1, WG)
 
 
 @gluon.jit
@@ -686,7 +857,10 @@ def _elementwise(
     s = s * qk_scale - gl.expand_dims(lse, 0)
     if problem.CAUSAL:
         if it < work.masked * work.heads:
-            edge_n = work.edge_n - it % work.masked * BLOCK_M
+            if problem.CHAINED:  # BLOCK_M divides BLOCK_N and OFFSET is 0: a power of two
+                edge_n = work.edge_n - (it & (work.masked - 1)) * BLOCK_M
+            else:
+                edge_n = work.edge_n - it % work.masked * BLOCK_M
             offs_n = WG * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, s_layout))
             # A thread's columns agree in two bits, which are its own; the others are constants of
             # the code if they stand alone on one side. Sums would be kept in registers for good.
@@ -713,7 +887,8 @@ def _elementwise(
 
 @gluon.jit
 def _tiles(
-    WG: gl.constexpr, sm, problem, dq_desc, work, k_slot, dk, dv, p, ds, total, base, qk_scale,
+    WG: gl.constexpr, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, total, base,
+    qk_scale,
 ):  # fmt: skip
     """Consumer WG's turns from the second on: gradients of a query tile, scores of the next."""
     BLOCK_M: gl.constexpr = problem.BLOCK_M
@@ -753,9 +928,11 @@ def _tiles(
         dq = warpgroup_mma_wait(2, [dq])
         if WG == 0:
             if it >= 2:
-                _put_dq(dq, sm, dq_desc, count, WG)
+                fate = work.fate(it - 2)
+                _put_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, count, WG)
         else:
-            _put_dq(dq, sm, dq_desc, count - 1, WG)
+            fate = work.fate(it - 1)
+            _put_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, count - 1, WG)
 
         mbarrier.wait(sm.q_ready.index(slot), phase)
         if problem.DS_REGISTERS:  # registers: P must be gone before S comes
@@ -784,7 +961,7 @@ def _tiles(
 
 
 @gluon.jit
-def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
+def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale):
     """Four warps: keys WG * BLOCK_N / 2 and up of every tile that the CTA draws."""
     BLOCK_M: gl.constexpr = problem.BLOCK_M
     BLOCK_N: gl.constexpr = problem.BLOCK_N
@@ -831,7 +1008,9 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
         barrier_arrive(TURN + (1 - WG), CONSUMERS)
         s, dp = warpgroup_mma_wait(0, [s, dp])
         if base > 0:
-            _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, base, WG)
+            _hand_over_last(
+                dq, dk, work.start_n, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale, base, WG
+            )
         at = work.first + (turn >> 30)
         p, ds = _elementwise(s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG)
         meet()
@@ -839,7 +1018,7 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
         dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
         dk = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
         dk, dv, p, ds = _tiles(
-            WG, sm, problem, dq_desc, work, k_slot, dk, dv, p, ds, total, base, qk_scale
+            WG, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, total, base, qk_scale
         )
         base += total
 
@@ -859,10 +1038,12 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
         dq = warpgroup_mma_wait(2, [dq])
         if WG == 0:
             if total >= 2:
-                _hand_over_dq(dq, sm, dq_desc, base, WG)
+                fate = work.fate(total - 2)
+                _hand_over_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
         else:
             mbarrier.arrive(sm.k_empty.index(k_slot), count=1)
-            _hand_over_dq(dq, sm, dq_desc, base - 1, WG)
+            fate = work.fate(total - 1)
+            _hand_over_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, base - 1, WG)
         barrier_arrive(TURN + (1 - WG), CONSUMERS)
         if problem.DS_REGISTERS:
             dv, dk, p, ds = warpgroup_mma_wait(0, [dv_acc, dk_acc, p, ds])
@@ -875,10 +1056,15 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
             dq = _dq_part(sm, (base - 1) & 1, k, problem, WG)
             dq = warpgroup_mma_wait(0, [dq])
             mbarrier.arrive(sm.k_empty.index(k_slot), count=1)
+            if problem.CHAINED and work.final >= total:  # later, registers would be short
+                fate = work.fate(total - 1)
+                _hand_over_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
         turn += 1
         work = sm.receive(turn, 4, problem)
-    if base > 0:
-        _hand_over_last(dq, dk, sm, dq_desc, dk_desc, qk_scale, base, WG)
+        if problem.CHAINED and work.count == 0:  # after the loop, ptxas would spill
+            _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
+    if not problem.CHAINED and base > 0:
+        _hand_over_last(dq, dk, base, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale, base, WG)
 
 
 SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "WHOLE", "PARTS")
@@ -886,11 +1072,11 @@ SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "WHOL
 
 @gluon.jit(do_not_specialize=SIZES)
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, part_desc,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, grad_desc, dk_desc, dv_desc, part_desc,
     lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -932,16 +1118,16 @@ def _backward_kernel(
 
     problem = Problem(
         H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
-        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED,
     )  # fmt: skip
     # 12 warps of 168 registers are launched; the last four (loader, writer, two idle) give up all
     # but 24, and both consumers get 240. Consumer 0 runs on the kernel's own warps.
     gl.warp_specialize(
         [
-            (_consumer, (0, sm, problem, dq_desc, dk_desc, qk_scale)),
-            (_consumer, (1, sm, problem, dq_desc, dk_desc, qk_scale)),
+            (_consumer, (0, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale)),
+            (_consumer, (1, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale)),
             (_loader, (sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc)),
-            (_writer, (sm, problem, dq_desc, dk_desc, dv_desc, part_desc, lock_ptr)),
+            (_writer, (sm, problem, dq_desc, grad_desc, dk_desc, dv_desc, part_desc, lock_ptr)),
         ],
         [4, 1, 1],
         [240, 24, 24],
@@ -954,11 +1140,11 @@ def _prepare_kernel(
     stride_ob, stride_oh, stride_om, stride_dob, stride_doh, stride_dom,
     stride_lb, stride_lh, stride_lm,
     H, N_Q, N_PAD, BH,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """LSE in base 2 and delta = rowsum(o ∘ do) (line 4), padded to whole tiles; zeros for dQ.
 
-    Bound by device memory: 2 + 2 bytes read and 4 written an element of O.
+    Bound by device memory: 2 + 2 bytes read and 4 written an element of O; chains need no zeros.
     """
     gdc_launch_dependents()
     tiles = tl.cdiv(N_PAD, ROWS)
@@ -986,8 +1172,9 @@ def _prepare_kernel(
     inside = offs_m < N_PAD
     tl.store(rows_ptr + row, lse_log2, inside)
     tl.store(rows_ptr + BH.to(tl.int64) * N_PAD + row, delta, inside)
-    zero = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    tl.store(dq_acc_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], zero, inside[:, None])
+    if CLEAR:
+        zero = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        tl.store(dq_acc_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], zero, inside[:, None])
 
 
 @triton.jit
@@ -1049,7 +1236,8 @@ def _finish_kernel(
 ):  # fmt: skip
     """dq = scale · accumulator, rows and columns put back, rounded: 4 bytes read, 2 written.
 
-    The first SUMS programs add up dK and dV of the key tiles that were shared out.
+    The first SUMS programs add up dK and dV of the key tiles that were shared out; after chains
+    there are no others.
     """
     tiles = N_PAD // BLOCK_M
     gdc_wait()
@@ -1109,8 +1297,8 @@ def backward(do, q, k, v, o, lse, causal, scale, allow_tf32, deterministic=False
 
     do, q and o (B, H, N_Q, D), k and v (B, H_KV, N_K, D), fp16 or bf16, D at most 128; lse
     (B, H, N_Q). Any strides; where those of q, k, v, do are not multiples of 16 bytes, at a copy.
-    With `deterministic` dq is bitwise repeatable, as dk and dv always are. allow_tf32 changes
-    nothing in half precision.
+    With `deterministic`, and in chains, dq is bitwise repeatable, as dk and dv always are.
+    allow_tf32 changes nothing in half precision.
 
     Raises ValueError for other dtypes and larger head dims.
     """
@@ -1139,6 +1327,19 @@ def _shares(tiles, longest, programs, causal):
     return (tiles - rest, parts) if few else (tiles, 1)
 
 
+def _chains(units, tiles_n, size, programs, causal):
+    """Whether a CTA shall take all key tiles of a unit, one after the other.
+
+    size: bytes of Q, dO and sums of a unit. What it brings: see `Short sequences` above.
+    """
+    if tiles_n == 1:
+        return True
+    short = tiles_n <= (4 if causal else 2)
+    near = programs * size <= (CHAIN_BYTES if causal else CHAIN_BYTES // 2)  # in L2, or nearly
+    even = 10 * units >= 9 * -(-units // programs) * programs  # nobody waits for long at the end
+    return short and near and even
+
+
 def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     """`backward` with a kernel of this step, here or in v7_wide_heads, and its configuration."""
     B, H, N_Q, D = q.shape
@@ -1154,18 +1355,29 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     units, heads = B * H_KV, H // H_KV  # a unit is a key head with its query heads
     tiles = units * tiles_n
     whole, parts = _shares(tiles, tiles_m * heads, programs, causal)
+    size = heads * N_Q * c.head_dim * 8  # Q, dO and sums of dQ: 2, 2 and 4 bytes an element
+    section = _gluon.section(units, L2_BYTES // size) if causal else 1
+    chained = c.chains and D % 8 == 0 and (N_Q == N_K or not causal)
+    chained = chained and _chains(units, tiles_n, size, programs, causal)
+    if chained:
+        section = 1
+        if tiles_n > 1:
+            whole, parts = tiles, 1
+        deterministic = False  # there is one order anyway
     if D % 8:  # the copy engine cannot write these rows: the last kernel does
         whole = 0
-    section = 1
-    if causal:  # Q, dO and the accumulator of dQ take 2, 2 and 4 bytes an element
-        section = _gluon.section(units, L2_BYTES // (heads * N_Q * c.head_dim * 8))
     n_pad = tiles_m * c.block_m
 
     dq, dk, dv = (_host.empty_like(t) for t in (q, k, v))
     split = dk
     if whole < tiles:
         split = q.new_empty(2, (tiles - whole) * parts, c.block_n, c.head_dim)
-    dq_acc = torch.empty(B * H * n_pad * c.head_dim // 256, 256, device=q.device)
+    places = whole + (tiles - whole) * parts
+    grid = min(places // tiles_n if chained else places, programs)
+    summed = B * H  # heads that have memory for the sums of dQ
+    if chained:
+        summed = grid * heads if tiles_n > 1 else 1  # each CTA its own, where there are sums
+    dq_acc = torch.empty(summed * n_pad * c.head_dim // 256, 256, device=q.device)
     rows = torch.empty(2 * B * H * n_pad, device=q.device)  # LSE in base 2, and delta
     counter = torch.empty(1, device=q.device, dtype=torch.int32)
     locks = counter
@@ -1175,14 +1387,14 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     q, k, v, do = (_tma_ready(t) for t in (q, k, v, do))
     o = o if o.stride(-1) == 1 else o.contiguous()
     block = 8192 // c.head_dim
-    key = _host.launch_key((o, do), (*lse.stride(), H, N_Q, n_pad), D)
+    key = _host.launch_key((o, do), (*lse.stride(), H, N_Q, n_pad), D, chained)
     _host.launch(
         _prepare_kernel,
         key if lse.data_ptr() % 16 == 0 else None,
         (triton.cdiv(n_pad, block) * B * H, 1, 1),
         o, do, lse, rows, dq_acc, counter,
         *o.stride()[:3], *do.stride()[:3], *lse.stride(), H, N_Q, n_pad, B * H,
-        D, c.head_dim, block, num_warps=8, **_gluon.OPTIONS,
+        D, c.head_dim, block, not chained, num_warps=8, **_gluon.OPTIONS,
     )  # fmt: skip
 
     part = [c.block_m * c.head_dim // c.dq_parts // 256, 256]
@@ -1193,27 +1405,33 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         part_desc = _describe(split, c.out_rows, c.head_dim)
         if whole == 0:
             dk_desc = dv_desc = part_desc  # not used, and D may not suit the copy engine
+    grad_desc = dk_desc
+    if chained:  # a consumer's part of dQ
+        shape = (c.block_m // 2, c.head_dim) if c.split_rows else (c.block_m, c.head_dim // 2)
+        grad_desc = _describe(dq, *shape)
     _host.launch(
         kernel,
-        (q.get_device(), q.dtype, c, causal, ragged, deterministic),
-        (min(whole + (tiles - whole) * parts, programs), 1, 1),
+        (q.get_device(), q.dtype, c, causal, ragged, deterministic, chained),
+        (grid, 1, 1),
         _describe(q, c.block_m, c.head_dim),
         _describe(k, c.block_n, c.head_dim),
         _describe(v, c.block_n, c.head_dim),
         _describe(do, c.block_m, c.head_dim),
         TensorDescriptor(rows, rows.shape, (1,), [c.block_m], FP32[1]),
         TensorDescriptor(dq_acc, dq_acc.shape, (256, 1), part, FP32[2]),
-        dk_desc, dv_desc, part_desc,
+        grad_desc, dk_desc, dv_desc, part_desc,
         locks, counter, scale * _host.LOG2E,
         H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, whole, parts,
         c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,
-        causal, ragged, deterministic, num_warps=4, launch_pdl=True, **_gluon.OPTIONS,
+        causal, ragged, deterministic, chained, num_warps=4, launch_pdl=True, **_gluon.OPTIONS,
     )  # fmt: skip
     sums = (tiles - whole) * 2 * (c.block_n * c.head_dim // SUM_BLOCK.value)
+    if chained and sums == 0:
+        return dq, dk, dv
     _host.launch(
         _finish_kernel,
         _host.launch_key((dq, dk, dv), (H, N_Q, n_pad), c, D, causal, deterministic),
-        (sums + tiles_m * B * H, 1, 1),
+        (sums + (0 if chained else tiles_m * B * H), 1, 1),
         dq_acc, dq, split, dk, dv, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         scale, H, N_Q, n_pad, heads, H_KV, N_K, N_K - N_Q, tiles_n, units, section, whole, parts,
         sums, D, c.block_m, c.block_n, c.head_dim, c.split_rows, causal, deterministic,

@@ -118,7 +118,9 @@ KV_FULL = gl.constexpr(14)  # dV and dK are where V and K were; the writer waits
 CONSUMERS = gl.constexpr(256)
 CONSUMERS_AND_WRITER = gl.constexpr(256 + 32)
 
-CONFIG = v7.Config(64, 64, 256, split_rows=False, ds_registers=False, dq_parts=4, out_rows=64)
+CONFIG = v7.Config(
+    64, 64, 256, split_rows=False, ds_registers=False, dq_parts=4, out_rows=64, chains=False
+)
 
 meet = v7.meet
 reinterpret = v7.reinterpret
@@ -189,7 +191,7 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
     rows = problem.UNITS * problem.HEADS * problem.TILES_M * BLOCK_M  # of LSE; then those of delta
     count = gl.to_tensor(0)  # query tiles over all key tiles: the rings never start over
     turn = gl.to_tensor(0)
-    place = gl.program_id(0)
+    place = problem.first(gl.program_id(0))
     drawn = problem.draw(place)
     gdc_wait()  # here alone, see v7_hopper_backward
     gdc_launch_dependents()
@@ -225,9 +227,7 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
                 tma_load(v_desc, kv_coord, sm.v_ready, sm.v.index(0))
             count += 1
         turn += gl.minimum(work.count, 1)
-        place = gl.atomic_add(next_ptr, 1, sem="relaxed")
-        if not problem.DETERMINISTIC:
-            place += gl.num_programs(0)
+        place = problem.next(place, next_ptr)
         drawn = problem.draw(place)
     sm.send(turn, drawn)  # past the end of the list: everybody stops
 
@@ -488,11 +488,11 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, dk_desc, qk_scale):
 
 @gluon.jit(do_not_specialize=v7.SIZES)
 def _backward_kernel(
-    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, dk_desc, dv_desc, part_desc,
+    q_desc, k_desc, v_desc, do_desc, rows_desc, dq_desc, grad_desc, dk_desc, dv_desc, part_desc,
     lock_ptr, next_ptr, qk_scale, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
-    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr,
+    CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr, CHAINED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -532,7 +532,7 @@ def _backward_kernel(
 
     problem = v7.Problem(
         H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
-        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED,
     )  # fmt: skip
     # Registers as in v7_hopper_backward: 240 for a thread of a consumer, 24 for the others.
     gl.warp_specialize(

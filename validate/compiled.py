@@ -42,11 +42,13 @@ KNOWN_SPILLS = {
     ("v3_tma", 256, "bfloat16", "_dq_kernel"): (0, 8),
     ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 332),
     ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 8),
-    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 8),
+    ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 24),
 }
 WIDER = {"v7_hopper_backward": "v7_wide_heads"}  # the file that takes head dims above a step's own
 LENGTHS = (512, 8192, 16384)  # some launchers take another kernel for much work than for little
-MANY = ((512, 99), (2048, 33), (8192, 16))  # lengths and batches: several turns for everyone
+# lengths and batches: several turns for everyone, and of short sequences as many heads as there are
+# multiprocessors, or twice as many
+MANY = ((512, 99), (2048, 33), (8192, 16), (256, 66), (512, 132))
 
 
 class Kernel(NamedTuple):

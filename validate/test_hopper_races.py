@@ -18,6 +18,7 @@ import torch
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SOURCE = KERNELS / "v6_persistent.py"
+NARROW = KERNELS / "v7_hopper_backward.py"
 WIDE = KERNELS / "v7_wide_heads.py"
 SLEEP = (
     'gl.inline_asm_elementwise("nanosleep.u32 {}; mov.u32 $0, $1;", "=r,r,~{{memory}}",'
@@ -38,6 +39,16 @@ WIDE_LATE = {
     "ds": ("x = warpgroup_mma_wait(0, [x])\n                mbarrier.wait(sm.q_ready", None, 2500),
     "dq-of-one": ("barrier_arrive(DO_FULL + before", "WG == 0", 2500),
     "dq-of-the-other": ("barrier_arrive(DO_FULL + before", "WG == 1", 2500),
+}
+NARROW_LATE = {
+    "loads-of-q": ("mbarrier.expect(q_ready,", None, 3000),
+    "sums-are-done": ("_sums_done()\n            for c", None, 5000),
+    "sums-are-fetched": ("mbarrier.expect(sm.out_empty", None, 3000),
+    "way-out-is-empty": ("if it < n + 1:", None, 3000),
+    "end-of-a-sum-of-one": ("rest = sm.out_as(which, dq_desc)", "WG == 0", 2500),
+    "end-of-a-sum-of-the-other": ("rest = sm.out_as(which, dq_desc)", "WG == 1", 2500),
+    "part-of-dq-of-one": ("ordered = dq.reshape", "WG == 0", 2500),
+    "part-of-dq-of-the-other": ("ordered = dq.reshape", "WG == 1", 2500),
 }
 # D, causal, (B, H, H_KV, N_Q, N_K): dealt, drawn, split, packed; 1, 2, 3 tiles of keys; tails; one,
 # two and three consumers; two turns, long tiles and short ones
@@ -60,6 +71,22 @@ WIDE_SHAPES = [
     (192, True, (1, 2, 2, 900, 500)),
     (256, False, (2, 20, 20, 64, 320)),
     (256, True, (2, 20, 20, 192, 192)),
+]
+# The same. Chains, in which dQ repeats to the bit, too: several for each multiprocessor, and one;
+# tails, groups, more keys than queries and fewer; a single tile of keys, whole and in parts
+CHAINS = [
+    (128, True, (8, 33, 33, 512, 512)),
+    (64, True, (4, 66, 33, 500, 500)),
+    (128, False, (2, 66, 66, 250, 200)),
+    (64, False, (4, 33, 33, 150, 256)),
+    (128, True, (5, 60, 60, 128, 128)),
+    (64, False, (1, 8, 2, 1000, 100)),
+]
+NARROW_SHAPES = [
+    *CHAINS,
+    (128, True, (2, 8, 8, 1000, 1000)),
+    (64, True, (1, 2, 2, 900, 500)),
+    (64, True, (1, 8, 2, 500, 900)),
 ]
 
 
@@ -115,14 +142,15 @@ def compare(path, repeats):
                 assert torch.equal(x, y), (d, causal, q.shape, k.shape, i)
 
 
-def compare_wide(path, repeats):
+def compare_backward(path, repeats, plain, shapes):
     """The same for the backward: dK and dV to the bit, dQ as near as another order of its sum."""
     from flashstudy.kernels import v6_persistent
-    from flashstudy.kernels import v7_wide_heads as plain
 
+    plain = load(plain, "plain")
     late, side = load(path, "late"), torch.cuda.Stream()
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
-    for d, causal, (b, h, h_kv, n_q, n_k) in WIDE_SHAPES:
+    for shape in shapes:
+        d, causal, (b, h, h_kv, n_q, n_k) = shape
         q, do = guarded(b, h, n_q, d), guarded(b, h, n_q, d)
         k, v = guarded(b, h_kv, n_k, d), guarded(b, h_kv, n_k, d)
         o, lse = v6_persistent.forward(q, k, v, causal, d**-0.5, False)
@@ -133,11 +161,11 @@ def compare_wide(path, repeats):
             if i % 2:
                 with torch.cuda.stream(side):
                     a @ a
-            poison(*want)
-            dq, *got = late.backward(*args, deterministic=i % 3 == 2)
-            assert (dq - want[0]).abs().max() <= near, (d, causal, q.shape, k.shape, i)
-            for x, y in zip(got, want[1:], strict=True):
-                assert torch.equal(x, y), (d, causal, q.shape, k.shape, i)
+            poison(*want, want[0].float())
+            got = late.backward(*args, deterministic=i % 3 == 2)
+            assert (got[0] - want[0]).abs().max() <= near, (shape, i)
+            for x, y in list(zip(got, want, strict=True))[shape not in CHAINS :]:
+                assert torch.equal(x, y), (shape, i)
 
 
 def run(path, repeats, what):
@@ -158,10 +186,14 @@ def hopper():
         pytest.skip(reason)
 
 
-VARIANTS = [(SOURCE, x) for x in LATE.values()] + [(WIDE, x) for x in WIDE_LATE.values()]
-variants = pytest.mark.parametrize(("source", "late"), VARIANTS, ids=[*LATE, *WIDE_LATE])
-# direction, and repeats: of the kernel as it is, of one in which somebody sleeps
-RUNS = {SOURCE: ("forward", 200, 25), WIDE: ("backward", 50, 10)}
+VARIANTS = {SOURCE: LATE, NARROW: NARROW_LATE, WIDE: WIDE_LATE}
+variants = pytest.mark.parametrize(
+    ("source", "late"),
+    [(source, late) for source, some in VARIANTS.items() for late in some.values()],
+    ids=[name for some in VARIANTS.values() for name in some],
+)
+# what to compare with, and repeats: of the kernel as it is, of one in which somebody sleeps
+RUNS = {SOURCE: ("forward", 200, 25), NARROW: ("narrow", 50, 10), WIDE: ("wide", 50, 10)}
 
 
 @variants
@@ -169,6 +201,16 @@ def test_the_variants_apply(source, late):
     text = slowed(source.read_text(), *late)
     compile(text, "late", "exec")
     assert text.count("nanosleep") == 1
+
+
+def test_there_are_chains():
+    from flashstudy.kernels import v7_hopper_backward as v7
+
+    for d, causal, (b, h, h_kv, n_q, n_k) in NARROW_SHAPES:
+        size = h // h_kv * n_q * d * 8
+        chained = v7._chains(b * h_kv, -(-n_k // 128), size, 132, causal)
+        chained &= n_q == n_k or not causal
+        assert chained == ((d, causal, (b, h, h_kv, n_q, n_k)) in CHAINS)
 
 
 @pytest.mark.gpu
@@ -205,4 +247,9 @@ def test_memory_is_that_of_the_tensors(hopper):
 
 
 if __name__ == "__main__":
-    {"forward": compare, "backward": compare_wide}[sys.argv[3]](sys.argv[1], int(sys.argv[2]))
+    path, repeats, what = sys.argv[1:]
+    if what == "forward":
+        compare(path, int(repeats))
+    else:
+        plain, shapes = {"narrow": (NARROW, NARROW_SHAPES), "wide": (WIDE, WIDE_SHAPES)}[what]
+        compare_backward(path, int(repeats), plain, shapes)
