@@ -131,7 +131,8 @@ if MISSING is None:
         return layout
 
     class descriptor(TensorDescriptor):
-        """Describe a half-precision tensor to TMA as tiles of `block_shape`, last dim contiguous.
+        """Describe a tensor to TMA as tiles of `block_shape`, last dim contiguous; half precision
+        unless a layout is given.
 
         A tile may reach past the end of any dim: loads fill with zeros, stores leave out. So keep
         one dim per head and per batch, then a ragged tail never touches its neighbour, and a head
@@ -142,9 +143,9 @@ if MISSING is None:
 
         round_f32_to_tf32 = False
 
-        def __init__(self, base, shape, strides, block_shape):
+        def __init__(self, base, shape, strides, block_shape, layout=None):
             self.base, self.shape, self.strides = base, shape, strides
-            self.block_shape, self.layout = block_shape, _layout(len(shape))
+            self.block_shape, self.layout = block_shape, layout or _layout(len(shape))
 
 
 if MISSING is None:

@@ -181,7 +181,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import _gluon, _host
 from ._gluon import (
-    TensorDescriptor,
     aggregate,
     barrier_arrive,
     barrier_sync,
@@ -1274,6 +1273,9 @@ def _finish_kernel(
 
 def _tma_ready(t):
     """`t`, or a copy that the copy engine can address: 16-byte base and strides, rows apart."""
+    b, h, n, d = t.stride()
+    if d == 1 and b and h and n and not (t.data_ptr() | (b | h | n) << 1) & 15:  # two bytes each
+        return t
     step = 16 // t.element_size()
     strides = [s for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1]
     aligned = all(s > 0 and s % step == 0 for s in strides) and t.data_ptr() % 16 == 0
@@ -1286,9 +1288,11 @@ def _tma_ready(t):
 
 def _describe(t, rows, columns):
     """TMA descriptor of a half-precision (B, H, N, D) tensor in tiles [1, 1, rows, columns]."""
-    # a dimension of size 1 may carry any stride; the descriptor wants a multiple of 16 bytes
-    sizes = zip(t.stride()[:-1], t.shape[:-1], strict=True)
-    strides = [s if n > 1 else 8 * columns for s, n in sizes] + [1]
+    strides = b, h, n, _ = t.stride()
+    if (b | h | n) & 7 or not (b and h and n):
+        # a dimension of size 1 may carry any stride; the descriptor wants a multiple of 16 bytes
+        sizes = zip(strides[:-1], t.shape[:-1], strict=True)
+        strides = [s if n > 1 else 8 * columns for s, n in sizes] + [1]
     return _gluon.descriptor(t, t.shape, strides, [1, 1, rows, columns])
 
 
@@ -1350,7 +1354,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     if q.numel() == 0 or k.numel() == 0:
         return tuple(_host.empty_like(t).zero_() for t in (q, k, v))
 
-    tiles_m, tiles_n = triton.cdiv(N_Q, c.block_m), triton.cdiv(N_K, c.block_n)
+    tiles_m, tiles_n = -(-N_Q // c.block_m), -(-N_K // c.block_n)
     programs = _gluon.multiprocessors(q.device)
     units, heads = B * H_KV, H // H_KV  # a unit is a key head with its query heads
     tiles = units * tiles_n
@@ -1391,7 +1395,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     _host.launch(
         _prepare_kernel,
         key if lse.data_ptr() % 16 == 0 else None,
-        (triton.cdiv(n_pad, block) * B * H, 1, 1),
+        (-(-n_pad // block) * B * H, 1, 1),
         o, do, lse, rows, dq_acc, counter,
         *o.stride()[:3], *do.stride()[:3], *lse.stride(), H, N_Q, n_pad, B * H,
         D, c.head_dim, block, not chained, num_warps=8, **_gluon.OPTIONS,
@@ -1417,8 +1421,8 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         _describe(k, c.block_n, c.head_dim),
         _describe(v, c.block_n, c.head_dim),
         _describe(do, c.block_m, c.head_dim),
-        TensorDescriptor(rows, rows.shape, (1,), [c.block_m], FP32[1]),
-        TensorDescriptor(dq_acc, dq_acc.shape, (256, 1), part, FP32[2]),
+        _gluon.descriptor(rows, rows.shape, (1,), [c.block_m], FP32[1]),
+        _gluon.descriptor(dq_acc, dq_acc.shape, (256, 1), part, FP32[2]),
         grad_desc, dk_desc, dv_desc, part_desc,
         locks, counter, scale * _host.LOG2E,
         H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, whole, parts,
