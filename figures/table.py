@@ -225,7 +225,8 @@ def trained():
     study = study_of(train, "train")
     said = [*study.words(), summary.train_words(study)]
     text = " ".join(x for x in said if x is not None)
-    return f"{text}\n\n<sub>{study.provenance()}. `{ran(study.row, 'train')}`</sub>\n"
+    command = f"{ran(study.row, 'train')} --seeds {len(study.groups)}"
+    return f"{text}\n\n<sub>{study.provenance()}. `{command}`</sub>\n"
 
 
 def precision_words():

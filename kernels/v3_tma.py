@@ -123,13 +123,14 @@ at N = 512, 1024, 2048, 4096, 8192 and 16384:
              causal  263 → 264   377 → 385   431 → 438   471 → 475   482 → 484   519 → 515
 
 That is 1.035 times as fast on average, and at D = 128 from 2,048 keys on 1.51 to 1.66 times as fast
-as flash-attn 2 in the same turns. At D = 64 full calls now take two stages: the first row of their
-table gave 331, 398, 432 up to N = 2048, the third 331, 400, 439, 450, 457, 474; causal the second
-gave 220 and 317 up to 1024, the third from 2048 on 393, 433, 458, 473; 128 × 64 by eight warps 0.83
-to 0.89 of what is here. At D = 128, 64 × 64 with two stages gave 0.78 to 0.89 of it, 128 × 64 by
-four warps 555 and 589 (full, N = 2048 and 16384). D = 128, full, N = 16384, in other turns, by the
-standard deviation of the scores, 3, 6, 10: 540 → 581, 562 → 594, 560 → 546; scores that rise by 100
-through the keys 552 → 250. fp16 with its bound, the same: 562 → 584, 563 → 248, 568 → 253.
+as flash-attn 2 in the same turns; on an H200, in the peers' of that day, 1.55 to 1.81. At D = 64
+full calls now take two stages: the first row of their table gave 331, 398, 432 up to N = 2048, the
+third 331, 400, 439, 450, 457, 474; causal the second gave 220 and 317 up to 1024, the third from
+2048 on 393, 433, 458, 473; 128 × 64 by eight warps 0.83 to 0.89 of what is here. At D = 128, 64 ×
+64 with two stages gave 0.78 to 0.89 of it, 128 × 64 by four warps 555 and 589 (full, N = 2048 and
+16384). D = 128, full, N = 16384, in other turns, by the standard deviation of the scores, 3, 6, 10:
+540 → 581, 562 → 594, 560 → 546; scores that rise by 100 through the keys 552 → 250. fp16 with its
+bound, the same: 562 → 584, 563 → 248, 568 → 253.
 
 The backward at D = 256, N = 512, 4096 and 16384 in one run of 2026-11-27: dK and dV in one kernel
 (64 × 64, dQ 128 × 32, eight warps, two stages) → apart; cuDNN in brackets:
