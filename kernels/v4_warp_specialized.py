@@ -65,10 +65,10 @@ TFLOP/s at N = 512 / 2048 / 16384, D=128: full 406 / 522 / 576, causal 258 / 427
 same run, 519 / 620 / 651 and 327 / 499 / 586.
 
 Alone the division of labour does not beat `v3_tma`, whose small programs on an SM cover for one
-another: 0.96 of its speed at D=128 and 0.88 at D=64, 1.05 at D=256 (geometric means over both masks
-and N = 512, 4096, 16384; same GPU and versions, 2026-11-27, `python bench/ladder.py`). One program
-with all of the SM to itself is the ground that the next steps build on: there the two consumers can
-be made to cover for one another on purpose.
+another, and which leaves out most maxima: 0.91 of its speed at D=128 and 0.79 at D=64, 1.03 at
+D=256 (geometric means over both masks and N = 512, 4096, 16384; same GPU and versions, 2026-11-27,
+`python bench/ladder.py`). One program with all of the SM to itself is the ground that the next steps
+build on: there the two consumers can be made to cover for one another on purpose.
 """
 
 from typing import NamedTuple
