@@ -210,7 +210,11 @@ def operator(name, forward, backward=None, flags=()):
     def differentiate(ctx, do, _):
         if backward is None:
             raise NotImplementedError(f"{name} has no backward: its step computes o and lse only")
-        grads = (None,) * 3 if do is None else grad_op(do, *ctx.saved_tensors, *ctx.args)
+        grads = (None,) * 3
+        if do is not None:
+            saved = ctx.saved_tensors
+            refuse_tangents(name, do, *saved)
+            grads = grad_op(do, *saved, *ctx.args)
         return *grads, *(None for _ in ctx.args)
 
     def differentiate_twice(ctx, *_):
@@ -247,18 +251,20 @@ def operator(name, forward, backward=None, flags=()):
         return o, lse
 
     def short_backward(ctx, do, dlse):
-        saved, create_graph = ctx.saved_tensors, torch.is_grad_enabled()
-        if do is None or not backward or create_graph or needs_dispatcher(do, *saved):
+        if do is None or backward is None:
             return differentiate(ctx, do, dlse)
-        return *run_backward(do, *saved, *ctx.args), *(None for _ in ctx.args)
+        saved = ctx.saved_tensors  # once: hooks may have to compute them anew
+        refuse_tangents(name, do, *saved)
+        watched = torch.is_grad_enabled() or needs_dispatcher(do, *saved)
+        run = grad_op if watched else run_backward
+        return *run(do, *saved, *ctx.args), *(None for _ in ctx.args)
 
     functions = {"forward": staticmethod(short_forward), "backward": staticmethod(short_backward)}
     short = type(op_name, (torch.autograd.Function,), functions)  # grad_fn: <{op_name}Backward>
 
     def call(q, k, v, *args):
         if needs_dispatcher(q, k, v):
-            if any(map(has_tangent, (q, k, v))):  # autograd would drop it in silence
-                raise NotImplementedError(f"{name} has no forward-mode derivative")
+            refuse_tangents(name, q, k, v)
             return op(q, k, v, *args)
         if torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu"):
             q, k, v = (t.to(autocast_dtype(t)) for t in (q, k, v))
@@ -278,16 +284,21 @@ def needs_dispatcher(*tensors):
         or torch._C._len_torch_dispatch_stack() > 0  # modes: FLOP counter, fake, export, ...
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))  # is_grads_batched
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or forward_ad._current_level >= 0  # dual numbers
     )
 
 
-def has_tangent(t):
-    """Whether forward-mode differentiation, such as torch.func.jvp, goes through this tensor."""
+def refuse_tangents(name, *tensors):
+    """Raise where forward-mode differentiation (torch.func.jvp) goes through one of the tensors.
+
+    Autograd would drop the tangent in silence, and the result pass for a constant.
+    """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(t).tangent is not None
+        return
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{name} has no forward-mode derivative")
 
 
 def on_device(function, q, *args):

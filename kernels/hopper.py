@@ -6,8 +6,8 @@ under one autograd node: that is all there is here. Between the two travels what
 every pair: o, and lse, the natural logarithm of each row's sum.
 
 The backward adds up dQ in the order in which its programs come, so two calls differ in dQ's last
-bits, unless sequences are short and one program does it all; dK and dV, and the forward, repeat bit
-by bit. `deterministic=True`, or PyTorch's torch.use_deterministic_algorithms(True), gives dQ an
+bits, but where one program takes a whole head (`_chains` of v7); dK and dV, and the forward, repeat
+bit by bit. `deterministic=True`, or PyTorch's torch.use_deterministic_algorithms(True), gives dQ an
 order too, in which programs wait for one another.
 """
 

@@ -67,8 +67,8 @@ same run, 519 / 620 / 651 and 327 / 499 / 586.
 Alone the division of labour does not beat `v3_tma`, whose small programs on an SM cover for one
 another, and which leaves out most maxima: 0.91 of its speed at D=128 and 0.79 at D=64, 1.03 at
 D=256 (geometric means over both masks and N = 512, 4096, 16384; same GPU and versions, 2026-11-27,
-`python bench/ladder.py`). One program with all of the SM to itself is the ground that the next steps
-build on: there the two consumers can be made to cover for one another on purpose.
+`python bench/ladder.py`). One program with all of the SM to itself is the ground that the next
+steps build on: there the two consumers can be made to cover for one another on purpose.
 """
 
 from typing import NamedTuple

@@ -103,21 +103,26 @@ there and back, since what was met last is in L2.
 What they bring hangs on L2. 132 chains at a time have 132 heads at work, 8 bytes an element of Q,
 where the list by sections has but as many as fit. Time with the list over time in chains (in turns
 replayed from CUDA graphs; NVIDIA H100 with 3.35 TB/s, bf16, 16,384 tokens, hidden size 2048; torch
-2.11.0, triton 3.6.0; 2026-11-27; a - was not measured):
+2.11.0, triton 3.6.0; 2026-11-27; a - was not measured; at D = 64 every key tile walked in one
+direction, at D = 128 there and back):
 
                             N = 256    512   1024   2048
     D = 64         full        -      1.01   0.61   0.53
                    causal     1.64    1.37   0.90   0.65
-    D = 128        full       1.27    0.77   0.56   0.46
-                   causal     1.65    1.10   0.73   0.56
-      there and back, full    1.33    0.87   0.61    -
-                      causal  1.66    1.14   0.77    -
+    D = 128        full       1.33    0.87   0.61    -
+                   causal     1.66    1.14   0.77    -
 
-Hence `_chains`. In µs: causal, N = 512, D = 64 347 for 475, D = 128 399 (there and back) for 455; N
-= 256 261 for 427 and 254 for 421; 8 x 16 heads, N = 128, D = 128 16 for 26. Chains alone, with the
-last kernel left as it is, took 394, 485, 321 and 320. (There and back was measured when consumer 0
-still handed over a chain's last dQ with the next tile's scores; without it, both ways took the same
-time.) With a full mask it is faster, too, but ptxas spills registers of the loader at D = 128.
+Hence `_chains`. The causal ones in µs, beside them chains that leave dQ to the last kernel:
+
+                            list    chains    with the last kernel
+    D = 64, N = 512          475       347       394
+    D = 128, N = 512         455       399       485
+    D = 64, N = 256          427       261       321
+    D = 128, N = 256         421       254       320
+
+There and back takes registers, too, of which the loader has none left with a full mask. On an H200,
+among the libraries: causal, N = 512, D = 64 270 TFLOP/s beside flash-attn 4's 217, D = 128 269
+beside 241; in a run before, without chains, 219 beside 216 and 241 beside 241.
 
 deterministic=True gives the sums of dQ an order, where chains do not: a lock for each half of a
 query tile counts the key tiles that have added to it, and the writer waits for its number. Keys go
@@ -131,8 +136,8 @@ the lightest tiles first. Share of the speed without it and without chains, at N
 Against FlashAttention-3: turns in the backward, too, in place of a barrier for dS; persistent CTAs;
 few tiles shared out; no tiles of 80 queries; grouped heads loop over the query heads of a group
 inside the CTA, so that dK and dV need no accumulators in memory; chains. As there, a first kernel
-computes delta and, but for chains, clears the accumulator of dQ, and a last one scales it, restores
-its order and rounds: 14 bytes an element, at 4 TB/s. The three launches overlap (programmatic
+computes delta and clears the accumulator of dQ, and a last one scales it, restores its order and
+rounds (but for chains): 14 bytes an element, at 4 TB/s. The three launches overlap (programmatic
 dependent launch): a kernel is set up while the one before still runs, and waits for it before it
 reads what that has written. Both small kernels walk so that what the main one reads first, or has
 summed last, is still in L2. To leave the last one to the two idle warps of the main kernel, which
@@ -266,8 +271,9 @@ class Shared:
     """Everything in shared memory: the tiles, and the barriers (of the mbarrier kind) around them.
 
     A `ready` barrier counts one arrival, the loader's, and the bytes that it announced; an `empty`
-    one counts an arrival a partition. Who waits for `ready` the n-th time passes parity n & 1, who
-    waits for `empty` the opposite, so that the first wait goes through.
+    one counts an arrival a partition (in chains `out_empty` counts bytes, too, where a sum comes
+    with it). Who waits for `ready` the n-th time passes parity n & 1, who waits for `empty` the
+    opposite, so that the first wait goes through.
     """
 
     q: gl.shared_memory_descriptor  # ring

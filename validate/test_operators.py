@@ -231,14 +231,51 @@ def test_a_backward_that_is_watched_takes_the_long_way(step):
 
 
 @steps
-def test_with_checkpointing(step):
-    """Saved tensors go through hooks, and may be computed anew."""
+@pytest.mark.parametrize("watched", [False, True])
+def test_with_checkpointing(step, watched):
+    """Saved tensors go through hooks, once, and may be computed anew."""
     from torch.utils.checkpoint import checkpoint
 
     tensors = inputs(grad=True)
-    again = gradients(lambda *t: checkpoint(step.attention, *t, use_reentrant=False), tensors)
+    o = checkpoint(step.attention, *tensors, use_reentrant=False)
+    again = torch.autograd.grad(o.sum(), tensors, create_graph=watched)
     for a, b in zip(again, gradients(step.attention, tensors), strict=True):
         assert torch.equal(a, b)
+
+
+@steps
+@pytest.mark.parametrize("watched", [False, True])
+def test_saved_tensors_are_unpacked_once(step, watched):
+    """Hooks may fetch each from somewhere, as torch.autograd.graph.save_on_cpu does."""
+    tensors, unpacked = inputs(grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(t) or t):
+        o = step.attention(*tensors)
+    torch.autograd.grad(o, tensors, torch.ones_like(o), create_graph=watched)
+    assert len(unpacked) == 5  # q, k, v, o, lse
+
+
+@steps
+def test_batched_gradients(step):
+    """What vectorised Jacobians are made of, through autograd's own kind of vmap."""
+    tensors = inputs(torch.float32, grad=True)
+    o = step.attention(*tensors)
+    several = torch.randn(3, *o.shape, device=DEVICE)
+    at_once = torch.autograd.grad(o, tensors, several, is_grads_batched=True, retain_graph=True)
+    for i, do in enumerate(several):
+        for a, b in zip(
+            at_once, torch.autograd.grad(o, tensors, do, retain_graph=True), strict=True
+        ):
+            assert torch.equal(a[i], b)
+
+
+@steps
+def test_forward_derivatives_of_gradients_are_refused(step):
+    tensors = inputs(torch.float32, grad=True)
+    with torch.autograd.forward_ad.dual_level():
+        o = step.attention(*tensors)
+        do = torch.autograd.forward_ad.make_dual(torch.ones_like(o), torch.ones_like(o))
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            torch.autograd.grad(o, tensors, do)
 
 
 @pytest.mark.parametrize("loaded", [True, False])
