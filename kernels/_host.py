@@ -6,8 +6,9 @@ A ladder step defines two plain functions that launch its kernels,
     backward(do, q, k, v, o, lse, causal, scale, allow_tf32) -> (dq, dk, dv)
 
 and `operator()` turns the pair into a PyTorch operator: autograd, `torch.compile` (fullgraph),
-`torch.export`, CUDA graphs, autocast and FLOP counting come from there and nowhere else. A step's
-public function is then three lines:
+`torch.export`, CUDA graphs, autocast and FLOP counting come from there and nowhere else, and a
+short way for calls that need none but autograd and autocast. A step's public function is then three
+lines:
 
     scale = _host.check(q, k, v, scale)
     o, lse = _op(q, k, v, causal, scale, allow_tf32)
@@ -207,14 +208,15 @@ def operator(name, forward, backward=None, flags=()):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # no zeros for lse
 
-    def differentiate(ctx, do, _):
+    def differentiate(ctx, do, _, short=False):
         if backward is None:
             raise NotImplementedError(f"{name} has no backward: its step computes o and lse only")
         grads = (None,) * 3
         if do is not None:
-            saved = ctx.saved_tensors
+            saved = ctx.saved_tensors  # once: hooks may have to compute them anew
             refuse_tangents(name, do, *saved)
-            grads = grad_op(do, *saved, *ctx.args)
+            short = short and not torch.is_grad_enabled() and not needs_dispatcher(do, *saved)
+            grads = (run_backward if short else grad_op)(do, *saved, *ctx.args)
         return *grads, *(None for _ in ctx.args)
 
     def differentiate_twice(ctx, *_):
@@ -242,22 +244,13 @@ def operator(name, forward, backward=None, flags=()):
     # none of what it serves is in use: straight to the launcher, or, where a gradient will be
     # asked for, through a function of autograd's that does what the registration would.
 
-    def short_forward(ctx, q, k, v, *args):
-        o, lse = on_device(forward, q, k, v, *args)
-        ctx.args = args
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        return o, lse
+    def short_forward(ctx, *inputs):
+        output = on_device(forward, *inputs)
+        setup_context(ctx, inputs, output)
+        return output
 
     def short_backward(ctx, do, dlse):
-        if do is None or backward is None:
-            return differentiate(ctx, do, dlse)
-        saved = ctx.saved_tensors  # once: hooks may have to compute them anew
-        refuse_tangents(name, do, *saved)
-        watched = torch.is_grad_enabled() or needs_dispatcher(do, *saved)
-        run = grad_op if watched else run_backward
-        return *run(do, *saved, *ctx.args), *(None for _ in ctx.args)
+        return differentiate(ctx, do, dlse, short=True)
 
     functions = {"forward": staticmethod(short_forward), "backward": staticmethod(short_backward)}
     short = type(op_name, (torch.autograd.Function,), functions)  # grad_fn: <{op_name}Backward>

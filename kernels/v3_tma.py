@@ -57,10 +57,11 @@ A turn of the loop is 353 instructions in place of 496 at D = 128, 346 of 426 at
 610 at D = 256, and the exponentials begin as soon as S is there. What it costs is trust in the
 first tile of keys: where all programs start again, a call runs at 0.45 of the speed. In bf16 scores
 must grow by 40 to 44 for that, by how many of a tile do; random ones with a standard deviation of
-10 do in a few programs. (Where they grow so much O, which is divided by the sums at the end alone,
-can overflow between, if V is above 2⁶⁴ divided by the number of key tiles.) fp16 ends at 65,504,
-where 11 is enough and a deviation of 6 was too much: it takes every tile's maximum, as do small
-calls, through pointers, whose loops would need more registers.
+10 do in a few programs. (Short of that, O can overflow before it is divided by the sums: where V is
+above 2⁶⁴ over the number of key tiles.) fp16 ends at 65,504, where 11 is enough and a deviation of
+6 was too much: it takes every tile's maximum, as do small calls, through pointers, whose loops
+would need more registers.
+
 Asking after every tile, as `v6_persistent` does, costs little to start again, but each warp answers
 for itself there. Triton's branch is one for a program: its warps have to agree before P V, and V,
 now asked for among the exponentials, is asked for after them. It ran at 0.86 to 0.92 of the speed
