@@ -120,9 +120,10 @@ Hence `_chains`. The causal ones in µs, beside them chains that leave dQ to the
     D = 64, N = 256          427       261       321
     D = 128, N = 256         421       254       320
 
-There and back takes registers, too, of which the loader has none left with a full mask. On an H200,
-among the libraries: causal, N = 512, D = 64 270 TFLOP/s beside flash-attn 4's 217, D = 128 269
-beside 241; in a run before, without chains, 219 beside 216 and 241 beside 241.
+There and back (D = 128, N = 512: 399 for 412 in one direction) takes registers, too, of which the
+loader has none left with a full mask. On an H200, among the libraries: causal, N = 512, D = 64 270
+TFLOP/s beside flash-attn 4's 217, D = 128 269 beside 241; in a run before, without chains, 219
+beside 216 and 241 beside 241.
 
 deterministic=True gives the sums of dQ an order, where chains do not: a lock for each half of a
 query tile counts the key tiles that have added to it, and the writer waits for its number. Keys go
