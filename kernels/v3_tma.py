@@ -332,6 +332,18 @@ def _hide(s, keys):
 
 
 @triton.jit
+def _in_registers(tile):
+    """The same tile as a product leaves it: in the registers from which the next one can take it.
+
+    Times the identity, which is exact. Triton puts a loaded left operand into shared memory, whence
+    every product with it reads it again.
+    """
+    i = tl.arange(0, tile.shape[1])
+    identity = (i[:, None] == i[None, :]).to(tile.dtype)
+    return tl.dot(tile, identity).to(tile.dtype)
+
+
+@triton.jit
 def _attend(
     q, k_src, v_src, b, h_kv, stride_kn, stride_vn, offs_m, full, hi, scale_log2, N_Q, N_K,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -506,6 +518,8 @@ def _dkdv_kernel(
     k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D], line 6
     if DK:
         v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    if TMA and BLOCK_D == 64:  # K and V are 16 registers a thread each, and three programs fit
+        k, v = _in_registers(k), _in_registers(v)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
@@ -544,13 +558,10 @@ def _dkdv_kernel(
         p_t = tl.exp2(s_t * scale_log2 - lse_log2[None, :])
         if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
             if start_m < full:
-                if DV:
-                    offs_m = start_m + tl.arange(0, BLOCK_M)
-                    visible = _visible(offs_m[None, :], offs_n[:, None], N_Q, N_K, CAUSAL)
-                else:  # the same but for keys past the end, in fewer registers: none spills
-                    last = start_m + N_K - N_Q + tl.arange(0, BLOCK_M)[None, :]
-                    visible = offs_n[:, None] <= last
-                p_t = tl.where(visible, p_t, 0.0)
+                offs_m = tl.arange(0, BLOCK_M)
+                first = offs_n - (start_m + N_K - N_Q)  # of this tile's queries, who sees a key
+                visible = (offs_m & ~6)[None, :] >= first[:, None] - (offs_m & 6)[None, :]
+                p_t = tl.where(visible, p_t, 0.0)  # in two parts: see `_hide`
         if DV:
             dv = tl.dot(p_t.to(do.dtype), do, dv, input_precision=PRECISION)  # line 12
         if DK:

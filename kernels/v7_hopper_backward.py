@@ -885,9 +885,7 @@ def _elementwise(
     dp = warpgroup_mma_wait(0, [dp])  # [HALF, BLOCK_M], line 13
     ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)  # line 14
     sm.ds.index(buffer).slice(WG * HALF, HALF, dim=0).store(ds)
-    # Stores of threads before reads of the tensor cores: of dS, and of the dQ that was put on the
-    # way out before. A fence takes long, so this one does for both.
-    fence_async_shared()
+    fence_async_shared()  # stores of threads before reads of the tensor cores
     return p_half, gl.convert_layout(ds, a_layout)
 
 
@@ -954,14 +952,17 @@ def _tiles(
         v_half = v.slice(WG * HALF, HALF, dim=0)
         dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         barrier_arrive(TURN + (1 - WG), CONSUMERS)
-
-        at = work.first + it
-        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, count & 1, qk_scale, WG)
+        # The sum of dQ sets off here: behind the loads that EMPTY has let go, since the copy engine
+        # keeps its order; yet early, so that the way out is empty when the next dQ comes.
+        fence_async_shared()  # stores of threads before reads of the copy engine
         if WG == 0:
             if it >= 2:
                 barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
         else:
             barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
+
+        at = work.first + it
+        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, count & 1, qk_scale, WG)
         meet()  # before the turn rather than in it: the tensor cores read dS
     return dk, dv, p, ds
 
