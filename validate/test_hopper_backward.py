@@ -157,7 +157,7 @@ def loops_of_five(sass):
 @cases(ALL_CASES)
 class TestMainLoops:
     def test_a_turn(self, kernels, case):
-        """A turn: five products and their waits in the order of the source, and one fence."""
+        """A turn: five products and their waits in the order of the source, and two fences."""
         d, _, causal, *_ = case
         registers = config(d).ds_registers  # dS as an operand: dV is waited for alone
         turns = set()
@@ -183,7 +183,13 @@ class TestMainLoops:
             stores = positions(loop, "STS.128")
             assert len(stores) == 8
             assert waits[0] < min(stores) < max(stores) < waits[1]
-            assert len(positions(loop, "FENCE.VIEW.ASYNC")) == 1
+            # It sets off when the turn is given away, behind the loads of a tile that the turn lets
+            # go; the other fence is for dS.
+            before, after = positions(loop, "FENCE.VIEW.ASYNC")
+            (empty,) = positions(loop, "BAR.ARV", ", 0x120")
+            (full,) = positions(loop, "BAR.ARV", ", 0xa0")
+            assert max(stores) < empty < given < before < full < min(exps)
+            assert max(exps) < after
             # Or it comes with the sum so far, by 16 bytes, and leaves rounded, while they run.
             chained = case in CHAIN_CASES
             sums = positions(loop, "LDS.128")
