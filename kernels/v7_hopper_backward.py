@@ -814,20 +814,6 @@ def _hand_over_dq(
 
 
 @gluon.jit
-def _hand_over_last(
-    dq, dk, start_n, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale, count, WG: gl.constexpr,
-):  # fmt: skip
-    """What is left of a tile when the next has begun: consumer 0's last part of dQ, and dK.
-
-    start_n is that of the next: 0 where a chain begins, since the one before has left its dQ at its
-    end (there registers are free for the sum that it completes).
-    """
-    if WG == 0 and (not problem.CHAINED or start_n > 0):
-        _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, count, WG)
-    _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, count + 1, WG)
-
-
-@gluon.jit
 def _dq_part(sm, buffer, k, problem, WG: gl.constexpr):
     """Issue consumer WG's part of dQ = dS K (line 15), by rows or by columns."""
     BLOCK_M: gl.constexpr = problem.BLOCK_M
@@ -948,18 +934,18 @@ def _tiles(
         else:
             dv, dk, p = warpgroup_mma_wait(1, [dv_acc, dk_acc, p])
         barrier_arrive(EMPTY + before, CONSUMERS_AND_LOADER)
-        mbarrier.wait(sm.do_ready.index(slot), phase)
-        v_half = v.slice(WG * HALF, HALF, dim=0)
-        dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
-        barrier_arrive(TURN + (1 - WG), CONSUMERS)
-        # The sum of dQ sets off here: behind the loads that EMPTY has let go, since the copy engine
-        # keeps its order; yet early, so that the way out is empty when the next dQ comes.
+        # The sum of dQ sets off here: behind the loads that have just been let go, and early. The
+        # fence takes long, and S is being computed meanwhile.
         fence_async_shared()  # stores of threads before reads of the copy engine
         if WG == 0:
             if it >= 2:
                 barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
         else:
             barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
+        mbarrier.wait(sm.do_ready.index(slot), phase)
+        v_half = v.slice(WG * HALF, HALF, dim=0)
+        dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
+        barrier_arrive(TURN + (1 - WG), CONSUMERS)
 
         at = work.first + it
         p, ds = _elementwise(s, dp, sm, problem, work, at, slot, count & 1, qk_scale, WG)
@@ -1014,12 +1000,13 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         dp = warpgroup_mma(v_half, do.permute((1, 0)), s_zero, use_acc=False, is_async=True)
         barrier_arrive(TURN + (1 - WG), CONSUMERS)
         s, dp = warpgroup_mma_wait(0, [s, dp])
-        if base > 0:
-            _hand_over_last(
-                dq, dk, work.start_n, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale, base, WG
-            )
+        # the last dQ of the tile before; that of a chain has gone at its end
+        if WG == 0 and base > 0 and (not problem.CHAINED or work.start_n > 0):
+            _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
         at = work.first + (turn >> 30)
         p, ds = _elementwise(s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG)
+        if base > 0:  # behind the exponentials: by then the way out is empty again
+            _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
         meet()
 
         dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
@@ -1063,7 +1050,7 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
             dq = _dq_part(sm, (base - 1) & 1, k, problem, WG)
             dq = warpgroup_mma_wait(0, [dq])
             mbarrier.arrive(sm.k_empty.index(k_slot), count=1)
-            if problem.CHAINED and work.final >= total:  # later, registers would be short
+            if problem.CHAINED and work.final >= total:  # later, registers would be short for a sum
                 fate = work.fate(total - 1)
                 _hand_over_dq(dq, fate, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
         turn += 1
@@ -1071,7 +1058,9 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         if problem.CHAINED and work.count == 0:  # after the loop, ptxas would spill
             _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
     if not problem.CHAINED and base > 0:
-        _hand_over_last(dq, dk, base, sm, problem, dq_desc, grad_desc, dk_desc, qk_scale, base, WG)
+        if WG == 0:
+            _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
+        _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
 
 
 SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "WHOLE", "PARTS")

@@ -183,12 +183,12 @@ class TestMainLoops:
             stores = positions(loop, "STS.128")
             assert len(stores) == 8
             assert waits[0] < min(stores) < max(stores) < waits[1]
-            # It sets off when the turn is given away, behind the loads of a tile that the turn lets
-            # go; the other fence is for dS.
+            # It sets off behind the loads of a tile that the turn lets go, before dP is issued; the
+            # other fence is for dS.
             before, after = positions(loop, "FENCE.VIEW.ASYNC")
             (empty,) = positions(loop, "BAR.ARV", ", 0x120")
             (full,) = positions(loop, "BAR.ARV", ", 0xa0")
-            assert max(stores) < empty < given < before < full < min(exps)
+            assert waits[1 + registers] < empty < before < full < max(hgmma) < given
             assert max(exps) < after
             # Or it comes with the sum so far, by 16 bytes, and leaves rounded, while they run.
             chained = case in CHAIN_CASES
