@@ -1003,9 +1003,11 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         # the last dQ of the tile before; that of a chain has gone at its end
         if WG == 0 and base > 0 and (not problem.CHAINED or work.start_n > 0):
             _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
+        if problem.CHAINED and base > 0:  # at once: the sums of the next tile wait for it
+            _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
         at = work.first + (turn >> 30)
         p, ds = _elementwise(s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG)
-        if base > 0:  # behind the exponentials: by then the way out is empty again
+        if not problem.CHAINED and base > 0:  # behind the exponentials, which need not wait for it
             _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
         meet()
 
