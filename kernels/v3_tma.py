@@ -166,6 +166,13 @@ from . import _host
 LOG2E = tl.constexpr(_host.LOG2E)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of all numbers; -inf - -inf would be NaN
 
+# ptxas, 12.8 as well as 12.9, can give an operand that stays in registers through a loop those of
+# one that the loop computes (where Q and dO were to stay in the dQ kernel, dQ came out wrong). The
+# machine code of the dK, dV kernel is right with these versions of Triton: validate/compiled.py
+# looks at it. With others K and V stay in shared memory.
+LOOKED_AT = ("3.6.", "3.7.", "3.8.", "3.9.")
+STAY = tl.constexpr(triton.__version__.startswith(LOOKED_AT))
+
 # BLOCK_M queries by BLOCK_N keys, num_warps, and num_stages tiles in flight of what the loop loads;
 # by (path, padded head dim). With one stage a tile is asked for when it is needed, K and V take
 # turns in one buffer, and the other programs on the SM work meanwhile.
@@ -518,7 +525,7 @@ def _dkdv_kernel(
     k = _load(k_ptr, offs_n, stride_kn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D], line 6
     if DK:
         v = _load(v_ptr, offs_n, stride_vn, N_K, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    if TMA and BLOCK_D == 64:  # K and V are 16 registers a thread each, and three programs fit
+    if TMA and BLOCK_D == 64 and STAY:  # 16 registers a thread each; three programs still fit
         k, v = _in_registers(k), _in_registers(v)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # line 7
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -183,6 +183,45 @@ def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=None
     return [_read(k, arch) for k in {k.hash: k for k in kernels}.values()]
 
 
+def lost_operands(sass):
+    """Registers that a loop computes for one of its products, while another has them from before.
+
+    ptxas 12.8 and 12.9 can give a left operand of wgmma that stays the same through a loop the
+    registers of one that each turn computes: from the second turn on, the first product takes the
+    second one's operand (seen on an H200 as a wrong dQ). sass: nvdisasm's text. In order of the
+    code: a product takes a register, something writes it, another product takes it.
+    """
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*)", line):
+            code.append(re.sub(r"/\*.*?\*/", "", found[1]).strip())
+    loops = [
+        (labels[target], end)
+        for end, op in enumerate(code)
+        if re.match(r"@\S+ BRA", op)  # without a condition: the way back from a wait
+        for target in re.findall(r"\.L_x_\d+", op)
+        if labels.get(target, end + 1) <= end
+    ]
+    loops = [(start, end) for start, end in loops if "HGMMA" in " ".join(code[start:end])]
+    lost = set()
+    for start, end in loops:
+        if any((start, end) != (s, e) and start <= s and e <= end for s, e in loops):
+            continue  # what an inner loop leaves is often taken after it
+        taken, written = {}, {}
+        for i in range(start, end):
+            if wgmma := re.match(r"(?:@\S+ )?HGMMA\S* R\d+, R(\d+),", code[i]):
+                for r in range(int(wgmma[1]), int(wgmma[1]) + 4):
+                    taken.setdefault(r, []).append(i)
+            elif gives := re.match(r"(?:@\S+ )?(?!ST|BAR|SYNCS|RED|HGMMA)\S+ R(\d+)\b", code[i]):
+                written.setdefault(int(gives[1]), []).append(i)
+        for r in taken.keys() & written.keys():
+            if taken[r][0] < written[r][0] and written[r][-1] < taken[r][-1]:
+                lost.add(r)
+    return sorted(lost)
+
+
 def faults(kernel, arch, tuned, spills=0):
     """Why a compiled kernel must not ship: a list of reasons, empty where there is none.
 
@@ -196,6 +235,8 @@ def faults(kernel, arch, tuned, spills=0):
     # gradients that differ from run to run).
     if {"2", "3"} <= set(re.findall(r"nvidia_mma<\{versionMajor = (\d)", kernel.asm["ttgir"])):
         found.append("mixes mma and wgmma")
+    if "wgmma" in kernel.asm.get("ptx", "") and (lost := lost_operands(kernel.sass)):
+        found.append(f"overwrites an operand: R{lost[0]}")
     if kernel.spills > spills:
         found.append(f"spills {kernel.spills} bytes")
     if kernel.shared > SHARED_LIMIT[arch]:

@@ -92,6 +92,38 @@ def test_mixing_two_generations_of_matrix_instructions_is_a_fault():
     assert "mma" in faults(Kernel("k", 64, 0, 0, 4, (), {"ttgir": two}), 90, tuned=False)[0]
 
 
+LOOP = """
+.L_x_1:
+        /*0100*/                   WARPGROUP.ARRIVE ;                                    /* 0x1 */
+        /*0110*/                   HGMMA.64x64x16.F32.BF16 R24, {same}, gdesc[UR4], RZ, !UPT ;
+        /*0120*/              @!P0 BRA `(.L_x_2) ;
+        /*0130*/                   F2FP.BF16.F32.PACK_AB R132, R25, R24 ;
+.L_x_2:
+        /*0140*/                   STS.128 [R120], R24 ;
+        /*0150*/                   HGMMA.64x64x16.F32.BF16 R88, R132, gdesc[UR8].tnspB, R88, gsb0 ;
+        /*0160*/               @P1 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("same", "lost"),
+    [("R132", [132]), ("R129", [132]), ("R128", []), ("R136", []), ("gdesc[UR16]", [])],
+)
+def test_an_operand_that_a_loop_overwrites_is_seen(same, lost):
+    """R132 is computed in the loop; an operand of four registers that stays must keep clear."""
+    from flashstudy.validate.compiled import lost_operands
+
+    assert lost_operands(LOOP.format(same=same)) == lost
+
+
+def test_an_operand_from_the_turn_before_is_none_that_is_lost():
+    """Who computes an operand for the next turn has no other product take it in this one."""
+    from flashstudy.validate.compiled import lost_operands
+
+    one = LOOP.format(same="R132").replace("R88, R132, gdesc", "R88, gdesc")
+    assert lost_operands(one) == []
+
+
 KEYS = """
 import contextlib, importlib, sys, torch
 from flashstudy.kernels import _host
