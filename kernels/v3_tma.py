@@ -37,6 +37,11 @@ in place of seven, but two programs an SM. Tiles come one by one, each in the la
 
     dV   Q, S │ dO, dV             dK   dO, dP │ Q, S, dK             dQ   V, dP │ K, S, dQ
 
+At D = 64 the dK, dV kernel keeps its K and V in registers, 16 a thread each. Sᵀ = K Qᵀ with 64 keys
+and 32 queries takes the tensor cores 16 clocks for 16 columns, and reading both tiles from shared
+memory 24. Triton leaves there what was loaded for the left side of a product; what a product has
+left it takes from registers. So both are multiplied by the identity, once (`_in_registers`).
+
 Tiles in flight and larger tiles take the room of the third program (of the second at D = 256), and
 were slower. So was a single program that keeps its own tensor cores busy by weighing V a tile late,
 under the next tile's softmax (FlashAttention-3, arXiv 2407.08608, algorithm 2).
@@ -150,6 +155,19 @@ dV by eight warps, 64 × 128, two stages, was as fast. In the same run the causa
 (Both new sides before `_turn` divided in 32 bits. As it stands, in another run of that day, at N =
 512, 4096 and 16384: backward at D = 256 240 314 323 full and 188 314 327 causal, causal forward at
 D = 128 284 515 566.)
+
+K and V in shared memory → in registers at D = 64, the whole backward, in turns on an H200 (same
+versions, 2026-11-27), at N = 512, 1024, 2048, 4096, 8192 and 16384; the gradients are the same to
+the bit:
+
+    full    288 → 298   323 → 340   350 → 369   356 → 378   373 → 391   376 → 391
+    causal  209 → 210   268 → 271   317 → 327   338 → 356   362 → 376   365 → 377
+
+(The causal ones also have a mask in two parts, as `_hide` has it.) Tried in the same way at N =
+512, 2048 and 16384, as a share of the speed with K and V in shared memory: 64 queries a tile 0.94
+0.98 1.04 full and 0.96 1.03 1.04 causal; lse and delta through pointers 1.10 1.02 1.00 and 1.02
+0.98 0.96; Q and dO in registers in the dQ kernel 0.91 0.94 0.99 and 0.92 0.92 0.97, with a wrong
+dQ at that: see `LOOKED_AT`. At D = 128 it gains nothing (0.96 1.00 1.00 and 0.94 0.99 0.99).
 
 Left out: Triton's own warp specialisation (`tl.range(..., warp_specialize=True)`), which triton 3.6
 compiles into the same kernel here, or into one that spills; and programs that stay for several

@@ -42,22 +42,42 @@ an iteration ahead, has to compute its part of dQ one query tile late.
     ┌ turn ──────────────────────────────────┐
     │ dQ(j-1)  dV(j)  dK(j)  S(j+1)  dP(j+1) │      P(j), dS(j)
 
-Within a turn, dQ goes to shared memory while dV and dK run, and from there the writer adds it to
-device memory; Q and dO of a tile go back to the loader when dK is done. No product is in flight
-where a loop turns: with one, ptxas serialised them all (its warnings C7510 to C7519). The first
-query tile of a key tile is a turn with S and dP alone, the last one without them; consumer 0 takes
-one more for its last dQ. dK leaves when the scores of the next key tile are there.
+Within a turn, dQ goes to shared memory while dV and dK run. When dK is done Q and dO of that tile
+go back to the loader, and right after them dQ to the writer, which adds it to device memory. No
+product is in flight where a loop turns: with one, ptxas serialised them all (its warnings C7510 to
+C7519). The first query tile of a key tile is a turn with S and dP alone, the last one without them;
+consumer 0 takes one more for its last dQ. dK leaves when the first P and dS of the next key tile
+are there; in a chain (below) before them, since the sums of that tile wait for it.
+
+That order counts, since the copy engine keeps it: behind a sum of dQ, which takes long to get rid
+of, above all (it seems) where all CTAs add to the same tile at a time, a load comes late. So loads
+go first. But the sum does not wait for the exponentials either, as it did before: then the way out,
+one buffer a consumer, was still full when the next dQ came. Clocks of the main kernel, as a share
+of those with the sum behind the exponentials (H200, D = 128, 16,384 tokens, by Nsight Compute's
+sm__cycles_elapsed.max; torch 2.11.0, triton 3.6.0; 2026-11-27):
+
+                                                           N = 2048           16384
+                                                           causal  full       causal  full
+    sum behind the loads, dK behind the next tile's first
+    exponentials: as it is                                  0.95   0.96        0.96   0.96
+    sum ahead of the loads                                  1.01   1.13        1.01   1.19
+    sum behind the exponentials, loads right behind the
+    other consumer's sum: dK ahead of dV                    1.01    -          1.02   1.09
+    a third slot of Q and dO, none for the next K           1.03   1.09        1.02   1.09
+
+At D = 64 and N = 16384 it is 0.985 causal and 0.97 full.
 
 What bounds it (D = 128, one iteration of a CTA, 64 queries by 128 keys): 10.5 MFLOP take the tensor
 cores 2560 clocks (4096 FLOP a clock). A wgmma has 64 rows and reads from shared memory what it does
 not find in registers, 128 bytes a clock: S 64 KiB, dP 64, dV 32, dK 32, dQ 64; dS written 16, dQ
 written and read by the copy engine 64, Q and dO arriving 32: 368 KiB or 2944 clocks. Shared memory
-is the busier of the two, and an iteration takes 3300 to 3400 clocks. A warp that issues wgmma after
-wgmma stands still while most of them run: asynchronous or not, a consumer's arithmetic hides under
-the other's products more than under its own. That is what the turns are for: with a barrier of both
-consumers at every dS in their place, both took exponentials at the same time, and an iteration took
-4100 clocks. Atomic additions of dQ straight from the registers spare shared memory 64 KiB; they
-were slower.
+is the busier of the two. An iteration takes 3060 clocks, causal 3210 (N = 16384: the main kernel's
+clocks over the iterations of a multiprocessor). A warp that issues wgmma after wgmma stands still
+while most of them run: asynchronous or not, a consumer's arithmetic hides under the other's
+products more than under its own. That is what the turns are for: with a barrier of both consumers
+at every dS in their place, both took exponentials at the same time, and an iteration took 4100
+clocks. Atomic additions of dQ straight from the registers, four numbers each (red.v4), spare shared
+memory 64 KiB, and took 1.10 of the clocks.
 
 What lives where (D = 128). Shared memory: Q 2 x 16 KiB, dO 2 x 16, K 2 x 32, V 32, dS 2 x 16, the
 way out 2 x 16: 224 of 227 KiB, one CTA a multiprocessor. Registers of a consumer thread, at most

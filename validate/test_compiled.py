@@ -124,6 +124,39 @@ def test_an_operand_from_the_turn_before_is_none_that_is_lost():
     assert lost_operands(one) == []
 
 
+STAYS = """
+import re, torch
+from flashstudy.kernels import v3_tma
+from flashstudy.validate import compiled
+
+for d in (64, 40):
+    for dtype in (torch.bfloat16, torch.float16):
+        for causal in (False, True):
+            for kernel in compiled.compile_step("v3_tma", 90, d, dtype, causal, True, [(16384, 1)]):
+                if kernel.name == "_dkdv_kernel":
+                    operands = re.findall(r"HGMMA.64x32x16.F32\\S* R\\d+, (R|gdesc)", kernel.sass)
+                    stay = v3_tma.STAY and all(x == "R" for x in operands)
+                    three = kernel.registers <= 65536 // 3 // 128 // 8 * 8  # programs on an SM
+                    lost = compiled.lost_operands(kernel.sass)
+                    print(len(operands), stay, three, kernel.spills, lost)
+"""
+
+
+def test_k_and_v_stay_in_registers(tmp_path):
+    """At head dim 64, where nothing else gets them; not with a Triton that was not looked at."""
+    from flashstudy.kernels import v3_tma
+
+    program = tmp_path / "stays.py"
+    program.write_text(STAYS)
+    got = run(program=program)
+    assert got.returncode == 0, got.stderr
+    rows = [line.split(maxsplit=4) for line in got.stdout.splitlines()]
+    assert len(rows) == 8
+    for operands, stay, three, spills, lost in rows:
+        assert int(operands) >= 8  # S and dP, 64 columns by 16
+        assert (stay, three, spills, lost) == (str(v3_tma.STAY.value), "True", "0", "[]")
+
+
 KEYS = """
 import contextlib, importlib, sys, torch
 from flashstudy.kernels import _host
