@@ -360,8 +360,8 @@ def _hide(s, keys):
 def _in_registers(tile):
     """The same tile as a product leaves it: in the registers from which the next one can take it.
 
-    Times the identity, which is exact. Triton puts a loaded left operand into shared memory, whence
-    every product with it reads it again.
+    Times the identity, which is exact for finite numbers. Triton puts a loaded left operand into
+    shared memory, whence every product with it reads it again.
     """
     i = tl.arange(0, tile.shape[1])
     identity = (i[:, None] == i[None, :]).to(tile.dtype)
@@ -584,7 +584,7 @@ def _dkdv_kernel(
         if CAUSAL:  # noqa: SIM102 (a constant: without it there is no branch to compile)
             if start_m < full:
                 offs_m = tl.arange(0, BLOCK_M)
-                first = offs_n - (start_m + N_K - N_Q)  # of this tile's queries, who sees a key
+                first = offs_n - (start_m + N_K - N_Q)  # in this tile, who sees a key first
                 visible = (offs_m & ~6)[None, :] >= first[:, None] - (offs_m & 6)[None, :]
                 p_t = tl.where(visible, p_t, 0.0)  # in two parts: see `_hide`
         if DV:

@@ -50,11 +50,11 @@ consumer 0 takes one more for its last dQ. dK leaves when the first P and dS of 
 are there; in a chain (below) before them, since the sums of that tile wait for it.
 
 That order counts, since the copy engine keeps it: behind a sum of dQ, which takes long to get rid
-of, above all (it seems) where all CTAs add to the same tile at a time, a load comes late. So loads
-go first. But the sum does not wait for the exponentials either, as it did before: then the way out,
-one buffer a consumer, was still full when the next dQ came. Clocks of the main kernel, as a share
-of those with the sum behind the exponentials (H200, D = 128, 16,384 tokens, by Nsight Compute's
-sm__cycles_elapsed.max; torch 2.11.0, triton 3.6.0; 2026-11-27):
+of, a load comes late. So loads go first. But the sum does not wait for the exponentials either, as
+it did before: the way out, one buffer a consumer, must be empty again when the next dQ comes. That
+is how we read these clocks of the main kernel, as a share of those with the sum behind the
+exponentials (H200, D = 128, 16,384 tokens, by Nsight Compute's sm__cycles_elapsed.max; torch
+2.11.0, triton 3.6.0; 2026-11-27):
 
                                                            N = 2048           16384
                                                            causal  full       causal  full
@@ -637,17 +637,18 @@ def _loader(sm, problem, next_ptr, q_desc, k_desc, v_desc, do_desc, rows_desc):
 
 
 @gluon.jit
-def _all_but_latest_done():
-    """Wait until all stores and sums of this warp but the latest are in device memory."""
+def _await(asm: gl.constexpr):
+    """Run an instruction that waits for stores and sums of this warp, for all of its threads."""
     gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 1; mov.u32 $0, $1;",
-        "=r,r,~{memory}",
-        [gl.to_tensor(0)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        asm, "=r,r,~{memory}", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
     )
     meet()
+
+
+@gluon.jit
+def _all_but_latest_done():
+    """Wait until all stores and sums of this warp but the latest are in device memory."""
+    _await("cp.async.bulk.wait_group 1; mov.u32 $0, $1;")
 
 
 @gluon.jit
@@ -658,15 +659,7 @@ def _sums_done():
     after them, so that a sum has one order. Fetching it back is the copy engine's reading of what
     it has written itself; the fence is what PTX asks for between the two.
     """
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 2; fence.proxy.async; mov.u32 $0, $1;",
-        "=r,r,~{memory}",
-        [gl.to_tensor(0)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    meet()
+    _await("cp.async.bulk.wait_group 2; fence.proxy.async; mov.u32 $0, $1;")
 
 
 @gluon.jit
@@ -790,6 +783,12 @@ def _hand_over(tile, sm, desc, count, WG: gl.constexpr):
     sm.out_as(WG + (count >> 30), desc).reshape(tile.shape).store(tile.to(desc.dtype))
     fence_async_shared()  # stores of threads before reads of the copy engine
     barrier_arrive(OUT_FULL + WG, CONSUMER_AND_WRITER)
+
+
+@gluon.jit
+def _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG: gl.constexpr):
+    """A half of dK, the last thing of a key tile; `base` query tiles were before its end."""
+    _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
 
 
 @gluon.jit
@@ -1024,11 +1023,11 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         if WG == 0 and base > 0 and (not problem.CHAINED or work.start_n > 0):
             _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
         if problem.CHAINED and base > 0:  # at once: the sums of the next tile wait for it
-            _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
+            _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
         at = work.first + (turn >> 30)
         p, ds = _elementwise(s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG)
         if not problem.CHAINED and base > 0:  # behind the exponentials, which need not wait for it
-            _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
+            _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
         meet()
 
         dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
@@ -1078,11 +1077,11 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         turn += 1
         work = sm.receive(turn, 4, problem)
         if problem.CHAINED and work.count == 0:  # after the loop, ptxas would spill
-            _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
+            _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
     if not problem.CHAINED and base > 0:
         if WG == 0:
             _hand_over_dq(dq, JOINS, sm, problem, dq_desc, grad_desc, qk_scale, base, WG)
-        _hand_over(dk * (qk_scale * LN_2), sm, dk_desc, base + 1, WG)
+        _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
 
 
 SIZES = ("H", "HEADS", "OFFSET", "TILES_M", "TILES_N", "UNITS", "SECTION", "WHOLE", "PARTS")
