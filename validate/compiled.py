@@ -8,8 +8,9 @@ into a compilation for the named architecture, so that what is read here is what
 the same configuration table, the same specialisations. One line a kernel: registers, spilled bytes,
 shared memory, and the numbers of ptxas' performance warnings (C7510 and its neighbours: matrix
 instructions that should overlap were serialised). Exit code 1 where a kernel spills, needs more
-shared memory than the GPU has, mixes two generations of matrix instructions, or fails to compile,
-where a step written for one architecture draws a warning, and where nothing was compiled.
+shared memory than the GPU has, mixes two generations of matrix instructions, overwrites an operand,
+or fails to compile, where a step written for one architecture draws a warning, and where nothing
+was compiled.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from flashstudy.validate.machine_code import lost_operands
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 
@@ -38,9 +40,9 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 KNOWN_SPILLS = {
     ("v2_lean", 256, "bfloat16", "_forward_kernel"): (0, 24),
     ("v2_lean", 256, "bfloat16", "_dkdv_kernel"): (224, 696),
-    ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 72),
+    ("v3_tma", 128, "bfloat16", "_dkdv_kernel"): (0, 16),
     ("v3_tma", 256, "bfloat16", "_dq_kernel"): (0, 8),
-    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 332),
+    ("v3_tma", 256, "bfloat16", "_dkdv_kernel"): (0, 304),
     ("v7_hopper_backward", 64, "bfloat16", "_backward_kernel"): (0, 8),
     ("v7_hopper_backward", 128, "bfloat16", "_backward_kernel"): (0, 24),
 }
@@ -181,45 +183,6 @@ def compile_step(step, arch, head_dim, dtype, causal, backward=False, sizes=None
             else:
                 module.forward(q, k, v, causal, head_dim**-0.5, False)
     return [_read(k, arch) for k in {k.hash: k for k in kernels}.values()]
-
-
-def lost_operands(sass):
-    """Registers that a loop computes for one of its products, while another has them from before.
-
-    ptxas 12.8 and 12.9 can give a left operand of wgmma that stays the same through a loop the
-    registers of one that each turn computes: from the second turn on, the first product takes the
-    second one's operand (seen on an H200 as a wrong dQ). sass: nvdisasm's text. In order of the
-    code: a product takes a register, something writes it, another product takes it.
-    """
-    code, labels = [], {}
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*)", line):
-            code.append(re.sub(r"/\*.*?\*/", "", found[1]).strip())
-    loops = [
-        (labels[target], end)
-        for end, op in enumerate(code)
-        if re.match(r"@\S+ BRA", op)  # without a condition: the way back from a wait
-        for target in re.findall(r"\.L_x_\d+", op)
-        if labels.get(target, end + 1) <= end
-    ]
-    loops = [(start, end) for start, end in loops if "HGMMA" in " ".join(code[start:end])]
-    lost = set()
-    for start, end in loops:
-        if any((start, end) != (s, e) and start <= s and e <= end for s, e in loops):
-            continue  # what an inner loop leaves is often taken after it
-        taken, written = {}, {}
-        for i in range(start, end):
-            if wgmma := re.match(r"(?:@\S+ )?HGMMA\S* R\d+, R(\d+),", code[i]):
-                for r in range(int(wgmma[1]), int(wgmma[1]) + 4):
-                    taken.setdefault(r, []).append(i)
-            elif gives := re.match(r"(?:@\S+ )?(?!ST|BAR|SYNCS|RED|HGMMA)\S+ R(\d+)\b", code[i]):
-                written.setdefault(int(gives[1]), []).append(i)
-        for r in taken.keys() & written.keys():
-            if taken[r][0] < written[r][0] and written[r][-1] < taken[r][-1]:
-                lost.add(r)
-    return sorted(lost)
 
 
 def faults(kernel, arch, tuned, spills=0):

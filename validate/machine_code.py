@@ -7,6 +7,17 @@ import re
 NO_RESULT = ("BAR", "BRA", "BRX", "EXIT", "PLOP3", "RED", "ST", "SYNCS", "UISETP", "UTMA")
 
 
+def _lines(sass):
+    """Instructions without comments, and {label: number of the instruction behind it}."""
+    code, labels = [], {}
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif text := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*)", line):
+            code.append(re.sub(r"/\*.*?\*/", "", text[1]).strip())
+    return code, labels
+
+
 def read_before_written(sass):
     """Uniform registers that are read although a path leads there that has not written them.
 
@@ -15,17 +26,10 @@ def read_before_written(sass):
     does not run at all: no warning, wrong results. Returns pairs of a line of code and the numbers
     of such registers. A write under a predicate counts as one.
     """
-    code, labels = [], {}
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif text := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*)", line):
-            code.append(text[1])
-
+    code, labels = _lines(sass)
     follows, reads, writes = [], [], []
     for i, line in enumerate(code):
-        text = re.sub(r"/\*.*?\*/", "", line)
-        guard, op, rest = re.match(r"(@!?U?P\w+\s+)?([\w.]+)\s*([^;]*)", text).groups()
+        guard, op, rest = re.match(r"(@!?U?P\w+\s+)?([\w.]+)\s*([^;]*)", line).groups()
         targets = [labels[x] for x in re.findall(r"\.L_x_\d+", line)]
         goes_on = guard or re.search(r"\bU?P\d", rest) or not op.startswith(("EXIT", "BRX", "BRA"))
         follows.append(targets + [i + 1] * (bool(goes_on) and i + 1 < len(code)))
@@ -54,7 +58,41 @@ def read_before_written(sass):
                 known[j] = new
                 work.append(j)
     return [
-        (line.strip(), sorted(missing))
+        (line, sorted(missing))
         for line, read, before in zip(code, reads, known, strict=True)
         if before is not None and (missing := read - before)
     ]
+
+
+def lost_operands(sass):
+    """Registers that a loop computes for one of its products, while another has them from before.
+
+    ptxas 12.8 and 12.9 can give a left operand of wgmma that stays the same through a loop the
+    registers of one that each turn computes: from the second turn on, the first product takes the
+    second one's operand (seen on an H200 as a wrong dQ). In order of a loop's code: a product takes
+    a register, something writes it, another product takes it, and the next turn begins.
+    """
+    code, labels = _lines(sass)
+    loops = [
+        (labels[target], end)
+        for end, op in enumerate(code)
+        if re.match(r"@\S+ BRA", op)  # without a condition: the way back from a wait
+        for target in re.findall(r"\.L_x_\d+", op)
+        if labels.get(target, end + 1) <= end
+    ]
+    loops = [(start, end) for start, end in loops if "HGMMA" in " ".join(code[start:end])]
+    lost = set()
+    for start, end in loops:
+        if any((start, end) != (s, e) and start <= s and e <= end for s, e in loops):
+            continue  # what an inner loop leaves is often taken after it
+        taken, written = {}, {}
+        for i in range(start, end):
+            if wgmma := re.match(r"(?:@\S+ )?HGMMA\S* R\d+, R(\d+),", code[i]):
+                for r in range(int(wgmma[1]), int(wgmma[1]) + 4):
+                    taken.setdefault(r, []).append(i)
+            elif gives := re.match(r"(?:@\S+ )?(?!ST|BAR|SYNCS|RED|HGMMA)\S+ R(\d+)\b", code[i]):
+                written.setdefault(int(gives[1]), []).append(i)
+        for r in taken.keys() & written.keys():
+            if taken[r][0] < written[r][0] and written[r][-1] < taken[r][-1]:
+                lost.add(r)
+    return sorted(lost)
