@@ -609,12 +609,16 @@ def draw_roofline(study):
     ax.set_xlabel("FLOPs per byte through device memory")
     near(ax, f"matrix product, {top:.0f} TFLOP/s", (high, top), (-4, 5), ha="right")
     near(ax, f"copy, {copy / 1e12:.2f} TB/s", (ridge, top), (-8, 5), ha="right")
-    for backend, offsets in (("naive", (-18, 9)), (study.champion(), (-18, -18))):
-        ends = dict(zip((0, -1), offsets, strict=True)) if points.get(backend) else {}
-        for at, offset in ends.items():
+    for backend, at, offset, ha in (
+        ("naive", 0, (0, -18), "center"), ("naive", -1, (8, 3), "left"),
+        (study.champion(), 0, (-9, -4), "right"), (study.champion(), -1, (0, -18), "center"),
+    ):  # fmt: skip
+        if points.get(backend):
             x, y, n = points[backend][at]
+            if backend != "naive":  # below all that end there, not between their lines
+                y = min(v for b in study.flash() for _, v, m in points.get(b, ()) if m == n)
             text = f"N = {style.tokens(n)}"
-            near(ax, text, (x, y), (0, offset), color="black", ha="center")
+            near(ax, text, (x, y), offset, color="black", ha=ha)
     lengths = sorted({n for _, _, n in every})
     over = any(y * 1e12 > 1.02 * copy * x for x, y, _ in every)
     beyond = "What only reads can pass the roof of a copy." if over else ""
