@@ -34,6 +34,7 @@ else:
 
 __all__ = [
     "OPTIONS",
+    "VERSION",
     "TensorDescriptor",
     "aggregate",
     "any_above",
@@ -72,7 +73,10 @@ def why_not(device=None):
 # At that level ptxas 13.4 leaves up to ten numbers in local memory which a thread of v6 makes of
 # its index; at its own level, 4, none. The last option of a kind counts: the user's.
 OPTIONS = {}
-if MISSING is None and tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= (3, 7):
+VERSION = (0, 0)
+if MISSING is None:
+    VERSION = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+if VERSION >= (3, 7):
     user = triton.knobs.nvidia.ptxas_options  # PTXAS_OPTIONS of the environment
     OPTIONS["ptx_options"] = " ".join(["--regAllocOptLevel=4", *([user] if user else [])])
 

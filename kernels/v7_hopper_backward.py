@@ -261,6 +261,7 @@ CONFIGS = {
     128: Config(64, 128, 128, False, True, 2, 64, True),
 }
 JOINS, COMPLETES, ALONE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # Work.fate
+TWO_LOOPS = gl.constexpr(_gluon.VERSION < (3, 9))  # ptxas 13.4 would spill 92 bytes in the loops
 LN_2 = gl.constexpr(0.6931471805599453)  # scale = qk_scale * LN_2
 MAIL = gl.constexpr(6)  # numbers that say which tile is next
 STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
@@ -407,6 +408,7 @@ class Problem:
     RAGGED: gl.constexpr  # the last tile reaches past N_K
     DETERMINISTIC: gl.constexpr
     CHAINED: gl.constexpr  # a CTA takes all key tiles of a unit; then N_Q = N_K where causal
+    APART: gl.constexpr  # the query tiles that need the mask have a loop of their own
 
     @gluon.constexpr_function
     def __init__(
@@ -424,6 +426,7 @@ class Problem:
         self.CAUSAL, self.RAGGED = gl.constexpr(CAUSAL), gl.constexpr(RAGGED)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
         self.CHAINED = gl.constexpr(CHAINED)
+        self.APART = gl.constexpr(CAUSAL and DS_REGISTERS and not CHAINED and TWO_LOOPS)
 
     @gluon.jit
     def first(self, number):
@@ -852,10 +855,43 @@ def _dq_part(sm, buffer, k, problem, WG: gl.constexpr):
 
 
 @gluon.jit
+def _pack(x, dtype: gl.constexpr):
+    """fp32 [M, N] -> half precision, two numbers in an int32 [M, N // 2]."""
+    low, high = gl.split(x.reshape([x.shape[0], x.shape[1] // 2, 2]))
+    name: gl.constexpr = "f16x2" if dtype == gl.float16 else "bf16x2"
+    asm: gl.constexpr = "cvt.rn." + name + ".f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(
+        asm, "=r,r,r", [low, high], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _unpack(x, dtype: gl.constexpr, layout: gl.constexpr):
+    """What _pack has packed, [M, N] in half precision: the same registers by another name."""
+    low = x.to(gl.int16).to(dtype, bitcast=True)
+    high = (x >> 16).to(gl.int16).to(dtype, bitcast=True)
+    x = gl.join(low, high).reshape([x.shape[0], 2 * x.shape[1]])
+    return gl.convert_layout(x, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _operand(x, sm, problem):
+    """P or dS, as _elementwise has left it, as the register operand of a product."""
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.HEAD_DIM, 16])
+    if problem.APART:
+        x = _unpack(x, sm.q.dtype, gl.DotOperandLayout(0, acc_layout, 2))
+    return x
+
+
+@gluon.jit
 def _elementwise(
-    s, dp, sm, problem, work, it, slot, buffer, qk_scale, WG: gl.constexpr,
+    s, dp, sm, problem, work, it, slot, buffer, qk_scale, WG: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """From S and dP in flight to P and dS, as operands in half precision; dS to shared memory."""
+    """From S and dP in flight to P and dS, as operands in half precision; dS to shared memory.
+
+    Where two loops follow one another they pass P and dS on packed: LLVM would otherwise take the
+    pairs apart and put them together again in every turn, 64 instructions of 450.
+    """
     BLOCK_M: gl.constexpr = problem.BLOCK_M
     HALF: gl.constexpr = problem.BLOCK_N // 2
     dtype: gl.constexpr = sm.q.dtype
@@ -866,7 +902,7 @@ def _elementwise(
     s = warpgroup_mma_wait(1, [s])  # [HALF, BLOCK_M], line 10
     lse = sm.lse.index(slot).load(gl.SliceLayout(0, s_layout))
     s = s * qk_scale - gl.expand_dims(lse, 0)
-    if problem.CAUSAL:
+    if MASK:
         if it < work.masked * work.heads:
             if problem.CHAINED:  # BLOCK_M divides BLOCK_N and OFFSET is 0: a power of two
                 edge_n = work.edge_n - (it & (work.masked - 1)) * BLOCK_M
@@ -879,27 +915,37 @@ def _elementwise(
             own = gl.expand_dims(offs_n + edge_n, 1) - gl.expand_dims(offs_m & 6, 0)
             visible = own <= gl.expand_dims(offs_m & (BLOCK_M - 1 - 6), 0)
             s = gl.where(visible, s, float("-inf"))
-    elif problem.RAGGED:
+    elif problem.RAGGED and not problem.CAUSAL:
         # Keys past the end are zeros. Their rows of dV and dK are not stored, and in dQ they meet
         # the zeros of K: P = exp(-LSE) does no harm there if only it is finite.
         s = gl.minimum(s, 1.0)
     p = gl.exp2(s)  # line 11
-    p_half = gl.convert_layout(p.to(dtype), a_layout)
+    if problem.APART:
+        p_half = _pack(p, dtype)
+    else:
+        p_half = gl.convert_layout(p.to(dtype), a_layout)
 
     delta = sm.delta.index(slot).load(gl.SliceLayout(0, s_layout))
     dp = warpgroup_mma_wait(0, [dp])  # [HALF, BLOCK_M], line 13
-    ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)  # line 14
-    sm.ds.index(buffer).slice(WG * HALF, HALF, dim=0).store(ds)
+    ds = p * (dp - gl.expand_dims(delta, 0))  # line 14
+    ds_half = sm.ds.index(buffer).slice(WG * HALF, HALF, dim=0)
+    if problem.APART:
+        ds = _pack(ds, dtype)
+        ds_half.store(_unpack(ds, dtype, s_layout))
+    else:
+        ds = ds.to(dtype)
+        ds_half.store(ds)
+        ds = gl.convert_layout(ds, a_layout)
     fence_async_shared()  # stores of threads before reads of the tensor cores
-    return p_half, gl.convert_layout(ds, a_layout)
+    return p_half, ds
 
 
 @gluon.jit
 def _tiles(
-    WG: gl.constexpr, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, total, base,
-    qk_scale,
+    WG: gl.constexpr, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, first, end,
+    base, qk_scale, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Consumer WG's turns from the second on: gradients of a query tile, scores of the next."""
+    """Consumer WG's turns: gradients of a query tile, scores of the next, `first` to `end`."""
     BLOCK_M: gl.constexpr = problem.BLOCK_M
     BLOCK_N: gl.constexpr = problem.BLOCK_N
     HEAD_DIM: gl.constexpr = problem.HEAD_DIM
@@ -908,7 +954,7 @@ def _tiles(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
 
     s_zero = gl.zeros([HALF, BLOCK_M], gl.float32, s_layout)
-    for it in range(1, total):
+    for it in range(first, end):
         count = base + it
         slot, before = count % STAGES, (count - 1) % STAGES
         phase = (count // STAGES) & 1
@@ -928,6 +974,7 @@ def _tiles(
         # dQ(it - 2) or dQ(it - 1). At it = 1 consumer 0 has none to compute, and drops what it
         # gets: with a branch around a product ptxas would serialise them all.
         dq = _dq_part(sm, (count + WG) & 1, k, problem, WG)
+        p, ds = _operand(p, sm, problem), _operand(ds, sm, problem)
         dv_acc = warpgroup_mma(p, do_before, dv, is_async=True)
         if problem.DS_REGISTERS:
             dk_acc = warpgroup_mma(ds, q_before, dk, is_async=True)
@@ -967,7 +1014,7 @@ def _tiles(
         barrier_arrive(TURN + (1 - WG), CONSUMERS)
 
         at = work.first + it
-        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, count & 1, qk_scale, WG)
+        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, count & 1, qk_scale, WG, MASK)
         meet()  # before the turn rather than in it: the tensor cores read dS
     return dk, dv, p, ds
 
@@ -1025,16 +1072,26 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         if problem.CHAINED and base > 0:  # at once: the sums of the next tile wait for it
             _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
         at = work.first + (turn >> 30)
-        p, ds = _elementwise(s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG)
+        p, ds = _elementwise(
+            s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG, problem.CAUSAL
+        )
         if not problem.CHAINED and base > 0:  # behind the exponentials, which need not wait for it
             _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
         meet()
 
         dv = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
         dk = gl.zeros([HALF, HEAD_DIM], gl.float32, acc_layout)
+        edge = gl.to_tensor(1)
+        if problem.APART:
+            edge = gl.minimum(gl.maximum(work.masked * work.heads - work.first, 1), total)
+            dk, dv, p, ds = _tiles(
+                WG, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, 1, edge,
+                base, qk_scale, True,
+            )  # fmt: skip
         dk, dv, p, ds = _tiles(
-            WG, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, total, base, qk_scale
-        )
+            WG, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, edge, total,
+            base, qk_scale, problem.CAUSAL and not problem.APART,
+        )  # fmt: skip
         base += total
 
         # the last query tile: its gradients
@@ -1044,6 +1101,7 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
         do = sm.do.index(last).reshape([BLOCK_M, HEAD_DIM])
         barrier_sync(TURN + WG, CONSUMERS)
         dq = _dq_part(sm, (base + WG) & 1, k, problem, WG)
+        p, ds = _operand(p, sm, problem), _operand(ds, sm, problem)
         dv_acc = warpgroup_mma(p, do, dv, is_async=True)
         if problem.DS_REGISTERS:
             dk_acc = warpgroup_mma(ds, q, dk, is_async=True)
