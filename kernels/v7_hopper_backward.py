@@ -67,11 +67,19 @@ exponentials (H200, D = 128, 16,384 tokens, by Nsight Compute's sm__cycles_elaps
 
 At D = 64 and N = 16384 it is 0.985 causal and 0.97 full.
 
+Under a causal mask the query tiles that need it come first, and at D = 128 they have a loop of
+their own. Two of up to 256 need it, but the branch to it costs all of them: with the exponentials
+behind it, ptxas has all multiplications wait in front of it. Given a mask that hides nothing, the
+kernel with the branch took 3134 clocks for what the one without takes 3024 (an iteration, below;
+H200, 2026-11-28). With two loops the causal main kernel takes 0.956 of its clocks at N = 16384 and
+0.98 at 2048. Not at D = 64, where ptxas serialises the products of two such loops, not in chains,
+which are short, and not with Triton 3.9, whose ptxas spills in them.
+
 What bounds it (D = 128, one iteration of a CTA, 64 queries by 128 keys): 10.5 MFLOP take the tensor
 cores 2560 clocks (4096 FLOP a clock). A wgmma has 64 rows and reads from shared memory what it does
 not find in registers, 128 bytes a clock: S 64 KiB, dP 64, dV 32, dK 32, dQ 64; dS written 16, dQ
 written and read by the copy engine 64, Q and dO arriving 32: 368 KiB or 2944 clocks. Shared memory
-is the busier of the two. An iteration takes 3060 clocks, causal 3210 (N = 16384: the main kernel's
+is the busier of the two. An iteration takes 3060 clocks, causal 3080 (N = 16384: the main kernel's
 clocks over the iterations of a multiprocessor). A warp that issues wgmma after wgmma stands still
 while most of them run: asynchronous or not, a consumer's arithmetic hides under the other's
 products more than under its own. That is what the turns are for: with a barrier of both consumers
@@ -261,7 +269,7 @@ CONFIGS = {
     128: Config(64, 128, 128, False, True, 2, 64, True),
 }
 JOINS, COMPLETES, ALONE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # Work.fate
-TWO_LOOPS = gl.constexpr(_gluon.VERSION < (3, 9))  # ptxas 13.4 would spill 92 bytes in the loops
+TWO_LOOPS = gl.constexpr(_gluon.VERSION < (3, 9))  # ptxas 13.4 would spill 92 bytes in them
 LN_2 = gl.constexpr(0.6931471805599453)  # scale = qk_scale * LN_2
 MAIL = gl.constexpr(6)  # numbers that say which tile is next
 STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
@@ -920,7 +928,7 @@ def _elementwise(
         # the zeros of K: P = exp(-LSE) does no harm there if only it is finite.
         s = gl.minimum(s, 1.0)
     p = gl.exp2(s)  # line 11
-    if problem.APART:
+    if problem.APART:  # noqa: SIM108
         p_half = _pack(p, dtype)
     else:
         p_half = gl.convert_layout(p.to(dtype), a_layout)

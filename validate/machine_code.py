@@ -64,14 +64,8 @@ def read_before_written(sass):
     ]
 
 
-def lost_operands(sass):
-    """Registers that a loop computes for one of its products, while another has them from before.
-
-    ptxas 12.8 and 12.9 can give a left operand of wgmma that stays the same through a loop the
-    registers of one that each turn computes: from the second turn on, the first product takes the
-    second one's operand (seen on an H200 as a wrong dQ). In order of a loop's code: a product takes
-    a register, something writes it, another product takes it, and the next turn begins.
-    """
+def product_loops(sass):
+    """The innermost loops in which wgmma is issued, each a list of its lines of code."""
     code, labels = _lines(sass)
     loops = [
         (labels[target], end)
@@ -81,16 +75,29 @@ def lost_operands(sass):
         if labels.get(target, end + 1) <= end
     ]
     loops = [(start, end) for start, end in loops if "HGMMA" in " ".join(code[start:end])]
+    return [  # what an inner loop leaves is often taken after it
+        code[start:end]
+        for start, end in loops
+        if not any((start, end) != (s, e) and start <= s and e <= end for s, e in loops)
+    ]
+
+
+def lost_operands(sass):
+    """Registers that a loop computes for one of its products, while another has them from before.
+
+    ptxas 12.8 and 12.9 can give a left operand of wgmma that stays the same through a loop the
+    registers of one that each turn computes: from the second turn on, the first product takes the
+    second one's operand (seen on an H200 as a wrong dQ). In order of a loop's code: a product takes
+    a register, something writes it, another product takes it, and the next turn begins.
+    """
     lost = set()
-    for start, end in loops:
-        if any((start, end) != (s, e) and start <= s and e <= end for s, e in loops):
-            continue  # what an inner loop leaves is often taken after it
+    for loop in product_loops(sass):
         taken, written = {}, {}
-        for i in range(start, end):
-            if wgmma := re.match(r"(?:@\S+ )?HGMMA\S* R\d+, R(\d+),", code[i]):
+        for i, line in enumerate(loop):
+            if wgmma := re.match(r"(?:@\S+ )?HGMMA\S* R\d+, R(\d+),", line):
                 for r in range(int(wgmma[1]), int(wgmma[1]) + 4):
                     taken.setdefault(r, []).append(i)
-            elif gives := re.match(r"(?:@\S+ )?(?!ST|BAR|SYNCS|RED|HGMMA)\S+ R(\d+)\b", code[i]):
+            elif gives := re.match(r"(?:@\S+ )?(?!ST|BAR|SYNCS|RED|HGMMA)\S+ R(\d+)\b", line):
                 written.setdefault(int(gives[1]), []).append(i)
         for r in taken.keys() & written.keys():
             if taken[r][0] < written[r][0] and written[r][-1] < taken[r][-1]:

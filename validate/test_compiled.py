@@ -167,6 +167,42 @@ def test_k_and_v_stay_in_registers(tmp_path):
         assert rest == [where, "True", "0", "[]"]
 
 
+TURNS = """
+import torch
+from flashstudy.validate import compiled
+from flashstudy.validate.machine_code import product_loops
+
+for dtype in (torch.bfloat16, torch.float16):
+    for causal in (False, True):
+        for kernel in compiled.compile_step(
+            "v7_hopper_backward", 90, 128, dtype, causal, True, [(16384, 1), (2048, 4)]
+        ):
+            if kernel.name == "_backward_kernel":
+                for loop in product_loops(kernel.sass):
+                    line = "".join(loop)
+                    if line.count("HGMMA") == 32:  # five products of 8 or 4
+                        print(causal, line.count("FSEL"), line.count("PRMT"))
+"""
+
+
+def test_query_tiles_without_a_mask_have_a_loop_without_one(tmp_path):
+    """At head dim 128, where the branch that it would hide behind costs every tile; and no loop
+    takes the pairs of P and dS apart.
+    """
+    from flashstudy.kernels import v7_hopper_backward as v7
+
+    program = tmp_path / "turns.py"
+    program.write_text(TURNS)
+    got = run(program=program)
+    assert got.returncode == 0, got.stderr
+    loops = [line.split() for line in got.stdout.splitlines()]
+    full = [(fsel, prmt) for causal, fsel, prmt in loops if causal == "False"]
+    masked = [(fsel, prmt) for causal, fsel, prmt in loops if causal == "True"]
+    without = [("0", "0")] * 4  # of two consumers and two dtypes
+    assert full == without
+    assert sorted(masked) == (without if v7.TWO_LOOPS.value else []) + [("32", "0")] * 4
+
+
 KEYS = """
 import contextlib, importlib, sys, torch
 from flashstudy.kernels import _host
