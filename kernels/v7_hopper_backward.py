@@ -67,13 +67,13 @@ exponentials (H200, D = 128, 16,384 tokens, by Nsight Compute's sm__cycles_elaps
 
 At D = 64 and N = 16384 it is 0.985 causal and 0.97 full.
 
-Under a causal mask the query tiles that need it come first, and at D = 128 they have a loop of
-their own. Two of up to 256 need it, but the branch to it costs all of them: with the exponentials
+Under a causal mask the query tiles that need it come first, and they have a loop of their own. At
+most three of up to 256 need it, but the branch to it costs all of them: with the exponentials
 behind it, ptxas has all multiplications wait in front of it. Given a mask that hides nothing, the
-kernel with the branch took 3134 clocks for what the one without takes 3024 (an iteration, below;
-H200, 2026-11-28). With two loops the causal main kernel takes 0.956 of its clocks at N = 16384 and
-0.98 at 2048. Not at D = 64, where ptxas serialises the products of two such loops, not in chains,
-which are short, and not with Triton 3.9, whose ptxas spills in them.
+kernel with the branch took 3134 clocks for what the one without takes 3024 (D = 128, an iteration,
+below; H200, 2026-11-28). With two loops the causal main kernel takes 0.956 of its clocks at N =
+16384 and 0.98 at 2048. Not in chains, which are short, and not with Triton 3.9, whose ptxas spills
+in them.
 
 What bounds it (D = 128, one iteration of a CTA, 64 queries by 128 keys): 10.5 MFLOP take the tensor
 cores 2560 clocks (4096 FLOP a clock). A wgmma has 64 rows and reads from shared memory what it does
@@ -268,6 +268,7 @@ CONFIGS = {
     64: Config(128, 128, 64, True, False, 2, 64, True),
     128: Config(64, 128, 128, False, True, 2, 64, True),
 }
+NONE, SOME, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # masks of query tiles
 JOINS, COMPLETES, ALONE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # Work.fate
 TWO_LOOPS = gl.constexpr(_gluon.VERSION < (3, 9))  # ptxas 13.4 would spill 92 bytes in them
 LN_2 = gl.constexpr(0.6931471805599453)  # scale = qk_scale * LN_2
@@ -342,7 +343,10 @@ class Shared:
     @gluon.jit
     def out_as(self, which, desc):
         """A consumer's way out, seen as the tile of a descriptor."""
-        return reinterpret(self.out.index(which), desc.dtype, desc.block_type.shape, desc.layout)
+        EACH: gl.constexpr = self.out.shape[1] * self.out.shape[2] * 4 // desc.block_type.nbytes
+        # half of dV may take less room than that of dQ; Triton 3.8 wants the whole reinterpreted
+        shape: gl.constexpr = [2 * EACH] + desc.block_type.shape  # noqa: RUF005
+        return reinterpret(self.out, desc.dtype, shape, desc.layout).index(which * EACH)
 
     @gluon.jit
     def receive(self, turn, WARPS: gl.constexpr, problem):
@@ -434,7 +438,7 @@ class Problem:
         self.CAUSAL, self.RAGGED = gl.constexpr(CAUSAL), gl.constexpr(RAGGED)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
         self.CHAINED = gl.constexpr(CHAINED)
-        self.APART = gl.constexpr(CAUSAL and DS_REGISTERS and not CHAINED and TWO_LOOPS)
+        self.APART = gl.constexpr(CAUSAL and not CHAINED and TWO_LOOPS)
 
     @gluon.jit
     def first(self, number):
@@ -897,6 +901,8 @@ def _elementwise(
 ):  # fmt: skip
     """From S and dP in flight to P and dS, as operands in half precision; dS to shared memory.
 
+    MASK: no query tile needs one, ALL do, or SOME, which it looks up.
+
     Where two loops follow one another they pass P and dS on packed: LLVM would otherwise take the
     pairs apart and put them together again in every turn, 64 instructions of 450.
     """
@@ -910,8 +916,8 @@ def _elementwise(
     s = warpgroup_mma_wait(1, [s])  # [HALF, BLOCK_M], line 10
     lse = sm.lse.index(slot).load(gl.SliceLayout(0, s_layout))
     s = s * qk_scale - gl.expand_dims(lse, 0)
-    if MASK:
-        if it < work.masked * work.heads:
+    if MASK != NONE:
+        if MASK == ALL or it < work.masked * work.heads:
             if problem.CHAINED:  # BLOCK_M divides BLOCK_N and OFFSET is 0: a power of two
                 edge_n = work.edge_n - (it & (work.masked - 1)) * BLOCK_M
             else:
@@ -933,6 +939,9 @@ def _elementwise(
     else:
         p_half = gl.convert_layout(p.to(dtype), a_layout)
 
+    if MASK == ALL:  # delta late, or ptxas spills (D = 64)
+        dp = warpgroup_mma_wait(0, [dp])
+        meet()
     delta = sm.delta.index(slot).load(gl.SliceLayout(0, s_layout))
     dp = warpgroup_mma_wait(0, [dp])  # [HALF, BLOCK_M], line 13
     ds = p * (dp - gl.expand_dims(delta, 0))  # line 14
@@ -1081,8 +1090,9 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
             _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
         at = work.first + (turn >> 30)
         p, ds = _elementwise(
-            s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG, problem.CAUSAL
-        )
+            s, dp, sm, problem, work, at, slot, base & 1, qk_scale, WG,
+            SOME if problem.CAUSAL else NONE,
+        )  # fmt: skip
         if not problem.CHAINED and base > 0:  # behind the exponentials, which need not wait for it
             _hand_over_dk(dk, sm, dk_desc, qk_scale, base, WG)
         meet()
@@ -1094,11 +1104,11 @@ def _consumer(WG: gl.constexpr, sm, problem, dq_desc, grad_desc, dk_desc, qk_sca
             edge = gl.minimum(gl.maximum(work.masked * work.heads - work.first, 1), total)
             dk, dv, p, ds = _tiles(
                 WG, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, 1, edge,
-                base, qk_scale, True,
+                base, qk_scale, ALL,
             )  # fmt: skip
         dk, dv, p, ds = _tiles(
             WG, sm, problem, dq_desc, grad_desc, work, k_slot, dk, dv, p, ds, edge, total,
-            base, qk_scale, problem.CAUSAL and not problem.APART,
+            base, qk_scale, SOME if problem.CAUSAL and not problem.APART else NONE,
         )  # fmt: skip
         base += total
 

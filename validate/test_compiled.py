@@ -172,23 +172,22 @@ import torch
 from flashstudy.validate import compiled
 from flashstudy.validate.machine_code import product_loops
 
-for dtype in (torch.bfloat16, torch.float16):
+sizes = [(16384, 1), (2048, 4)]
+for d, dtype in [(128, torch.bfloat16), (128, torch.float16), (64, torch.bfloat16)]:
     for causal in (False, True):
         for kernel in compiled.compile_step(
-            "v7_hopper_backward", 90, 128, dtype, causal, True, [(16384, 1), (2048, 4)]
+            "v7_hopper_backward", 90, d, dtype, causal, True, sizes
         ):
             if kernel.name == "_backward_kernel":
                 for loop in product_loops(kernel.sass):
                     line = "".join(loop)
-                    if line.count("HGMMA") == 32:  # five products of 8 or 4
-                        print(causal, line.count("FSEL"), line.count("PRMT"))
+                    if line.count("HGMMA") == 32:  # five products of 4 or 8 instructions
+                        print(d, causal, line.count("FSEL"), line.count("PRMT"))
 """
 
 
 def test_query_tiles_without_a_mask_have_a_loop_without_one(tmp_path):
-    """At head dim 128, where the branch that it would hide behind costs every tile; and no loop
-    takes the pairs of P and dS apart.
-    """
+    """The branch that it would hide behind costs every tile; and no loop takes pairs of P apart."""
     from flashstudy.kernels import v7_hopper_backward as v7
 
     program = tmp_path / "turns.py"
@@ -196,11 +195,12 @@ def test_query_tiles_without_a_mask_have_a_loop_without_one(tmp_path):
     got = run(program=program)
     assert got.returncode == 0, got.stderr
     loops = [line.split() for line in got.stdout.splitlines()]
-    full = [(fsel, prmt) for causal, fsel, prmt in loops if causal == "False"]
-    masked = [(fsel, prmt) for causal, fsel, prmt in loops if causal == "True"]
-    without = [("0", "0")] * 4  # of two consumers and two dtypes
-    assert full == without
-    assert sorted(masked) == (without if v7.TWO_LOOPS.value else []) + [("32", "0")] * 4
+    for d, count, scores in ("128", 4, "32"), ("64", 2, "64"):  # two consumers, dtypes; a thread's
+        full = [rest for at, causal, *rest in loops if (at, causal) == (d, "False")]
+        masked = [rest for at, causal, *rest in loops if (at, causal) == (d, "True")]
+        without = [["0", "0"]] * count
+        assert full == without
+        assert sorted(masked) == (without if v7.TWO_LOOPS.value else []) + [[scores, "0"]] * count
 
 
 KEYS = """
