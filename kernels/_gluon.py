@@ -3,11 +3,11 @@
 Gluon is the layer of Triton in which a kernel says which warps do what and where every tile lives.
 It is still experimental: names move between releases, and a few things the hardware has are not
 wrapped. All of that is in this file, so that the kernels themselves read like documentation and a
-new Triton breaks one place. The steps compile for sm_90 with Triton 3.6.0, 3.7.1 and 3.9.0 without
-serialised products and, but for small change in the backward (the main kernel with 3.9.0: 24 bytes;
-the last one at head dims above 128 from 3.7.1 on: 32), without spills. They were measured with
-3.6.0. With 3.9.0, too, the GPU tests of forward and backward passed, registers allocated as below
-(H200, 2026-11-27, before v7 had chains).
+new Triton breaks one place. The steps compile for sm_90 with Triton 3.6.0 to 3.9.0 without
+serialised products and, but for small change in the backward (the main kernel with 3.8.0 and 3.9.0:
+up to 24 bytes; the last one at head dims above 128 from 3.7.1 on: 32), without spills. They were
+measured with 3.6.0. With 3.9.0, too, the GPU tests of forward and backward passed, registers
+allocated as below (H200, 2026-11-27, before v7 had chains).
 
 `why_not()` says what is missing where something is; importing this file never fails.
 """

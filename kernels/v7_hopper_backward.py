@@ -71,9 +71,9 @@ Under a causal mask the query tiles that need it come first, and they have a loo
 most three of up to 256 need it, but the branch to it costs all of them: with the exponentials
 behind it, ptxas has all multiplications wait in front of it. Given a mask that hides nothing, the
 kernel with the branch took 3134 clocks for what the one without takes 3024 (D = 128, an iteration,
-below; H200, 2026-11-28). With two loops the causal main kernel takes 0.956 of its clocks at N =
-16384 and 0.98 at 2048. Not in chains, which are short, and not with Triton 3.9, whose ptxas spills
-in them.
+below; H200, 2026-11-28). With two loops the causal main kernel takes 0.955 of its clocks at N =
+16384 and 0.98 at 2048, and 0.99 at D = 64 and 16384. Not for 16 query tiles or less, where it took
+1.01, not in chains, and not with Triton 3.9, whose ptxas spills in them.
 
 What bounds it (D = 128, one iteration of a CTA, 64 queries by 128 keys): 10.5 MFLOP take the tensor
 cores 2560 clocks (4096 FLOP a clock). A wgmma has 64 rows and reads from shared memory what it does
@@ -180,17 +180,18 @@ Limits: fp16 and bf16, head dim up to 128 (the copy engine pads to 64 or 128 wit
 and dV alone would fill the registers: see v7_wide_heads). dK and dV are bitwise repeatable, dQ if
 asked for, or in chains.
 
-Measured before there were chains, TFLOP/s with everything between dO and the finished gradients, in
-brackets cuDNN / flash-attn 4, in turns replayed from CUDA graphs (H200, bf16, 16,384 tokens, hidden
-size 2048; torch 2.11.0, triton 3.6.0; 2026-11-27), at N = 512, 2048 and 16384:
+Measured, TFLOP/s with everything between dO and the finished gradients, in brackets cuDNN / flash-
+attn 4, five turns of each in changing order (`bench/peers.py`; H200, bf16, 16,384 tokens, hidden
+size 2048; torch 2.11.0, triton 3.6.0; 2026-11-28), at N = 512, 2048 and 16384:
 
-    D = 64   full    358 (281 / 326)   493 (390 / 455)   556 (414 / 522)
-             causal  221 (171 / 220)   401 (312 / 389)   533 (393 / 518)
-    D = 128  full    389 (330 / 341)   555 (463 / 512)   628 (490 / 600)
-             causal  243 (213 / 244)   456 (377 / 436)   592 (501 / 596)
+    D = 64   full    378 (286 / 340)   517 (421 / 480)   571 (438 / 518)
+             causal  277 (170 / 217)   446 (329 / 420)   591 (413 / 522)
+    D = 128  full    405 (340 / 360)   618 (515 / 574)   681 (530 / 613)
+             causal  277 (211 / 242)   513 (409 / 470)   689 (505 / 616)
 
-In the same turns the version before, without parts and with every role decoding the list, reached
-358 484 535 and 217 404 529, 382 543 612 and 240 457 593.
+The matrix product beside them reached 713 to 777: such figures move with the GPU's power limit. In
+a run before, beside a product of 669, the version with one loop had 635 full and 590 causal at D =
+128 and N = 16384.
 
 What the overlap of the three launches is worth (in turns with and without it, and the two small
 kernels turned round; sections of 20 MiB with it, 40 MiB without; same day): N = 512 +3 % (D = 128,
@@ -262,15 +263,16 @@ class Config(NamedTuple):
     dq_parts: int  # dQ of a query tile is added in so many parts
     out_rows: int  # dK and dV are stored so many rows at a time
     chains: bool  # the kernel can take the key tiles of a unit one after the other
+    apart: bool  # and give the query tiles that need a mask a loop of their own
 
 
 CONFIGS = {
-    64: Config(128, 128, 64, True, False, 2, 64, True),
-    128: Config(64, 128, 128, False, True, 2, 64, True),
+    64: Config(128, 128, 64, True, False, 2, 64, True, True),
+    128: Config(64, 128, 128, False, True, 2, 64, True, True),
 }
 NONE, SOME, ALL = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # masks of query tiles
 JOINS, COMPLETES, ALONE = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # Work.fate
-TWO_LOOPS = gl.constexpr(_gluon.VERSION < (3, 9))  # ptxas 13.4 would spill 92 bytes in them
+TWO_LOOPS = _gluon.VERSION < (3, 9)  # ptxas 13.4 would spill 92 bytes in them
 LN_2 = gl.constexpr(0.6931471805599453)  # scale = qk_scale * LN_2
 MAIL = gl.constexpr(6)  # numbers that say which tile is next
 STAGES = 2  # ring slots of Q and dO; K has as many, so that the next tile's is there in time
@@ -425,7 +427,7 @@ class Problem:
     @gluon.constexpr_function
     def __init__(
         self, H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
-        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED, APART,
     ):  # fmt: skip
         self.H, self.HEADS, self.OFFSET = H, HEADS, OFFSET
         self.TILES_M, self.TILES_N = TILES_M, TILES_N
@@ -438,7 +440,7 @@ class Problem:
         self.CAUSAL, self.RAGGED = gl.constexpr(CAUSAL), gl.constexpr(RAGGED)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
         self.CHAINED = gl.constexpr(CHAINED)
-        self.APART = gl.constexpr(CAUSAL and not CHAINED and TWO_LOOPS)
+        self.APART = gl.constexpr(APART)
 
     @gluon.jit
     def first(self, number):
@@ -1170,6 +1172,7 @@ def _backward_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr, CHAINED: gl.constexpr,
+    APART: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -1211,7 +1214,7 @@ def _backward_kernel(
 
     problem = Problem(
         H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
-        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED, APART,
     )  # fmt: skip
     # 12 warps of 168 registers are launched; the last four (loader, writer, two idle) give up all
     # but 24, and both consumers get 240. Consumer 0 runs on the kernel's own warps.
@@ -1465,6 +1468,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
     if D % 8:  # the copy engine cannot write these rows: the last kernel does
         whole = 0
     n_pad = tiles_m * c.block_m
+    apart = c.apart and TWO_LOOPS and causal and not chained and tiles_m * heads > 16
 
     dq, dk, dv = (_host.empty_like(t) for t in (q, k, v))
     split = dk
@@ -1509,7 +1513,7 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         grad_desc = _describe(dq, *shape)
     _host.launch(
         kernel,
-        (q.get_device(), q.dtype, c, causal, ragged, deterministic, chained),
+        (q.get_device(), q.dtype, c, causal, ragged, deterministic, chained, apart),
         (grid, 1, 1),
         _describe(q, c.block_m, c.head_dim),
         _describe(k, c.block_n, c.head_dim),
@@ -1521,7 +1525,8 @@ def launch(kernel, c, do, q, k, v, o, lse, causal, scale, deterministic):
         locks, counter, scale * _host.LOG2E,
         H, heads, N_K - N_Q, tiles_m, tiles_n, units, section, whole, parts,
         c.block_m, c.block_n, c.head_dim, c.split_rows, c.ds_registers, STAGES,
-        causal, ragged, deterministic, chained, num_warps=4, launch_pdl=True, **_gluon.OPTIONS,
+        causal, ragged, deterministic, chained, apart,
+        num_warps=4, launch_pdl=True, **_gluon.OPTIONS,
     )  # fmt: skip
     sums = (tiles - whole) * 2 * (c.block_n * c.head_dim // SUM_BLOCK.value)
     if chained and sums == 0:

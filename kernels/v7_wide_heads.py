@@ -119,8 +119,9 @@ CONSUMERS = gl.constexpr(256)
 CONSUMERS_AND_WRITER = gl.constexpr(256 + 32)
 
 CONFIG = v7.Config(
-    64, 64, 256, split_rows=False, ds_registers=False, dq_parts=4, out_rows=64, chains=False
-)
+    64, 64, 256, split_rows=False, ds_registers=False, dq_parts=4, out_rows=64, chains=False,
+    apart=False,
+)  # fmt: skip
 
 meet = v7.meet
 reinterpret = v7.reinterpret
@@ -493,6 +494,7 @@ def _backward_kernel(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
     SPLIT_ROWS: gl.constexpr, DS_REGISTERS: gl.constexpr, STAGES: gl.constexpr,
     CAUSAL: gl.constexpr, RAGGED: gl.constexpr, DETERMINISTIC: gl.constexpr, CHAINED: gl.constexpr,
+    APART: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
@@ -532,7 +534,7 @@ def _backward_kernel(
 
     problem = v7.Problem(
         H, HEADS, OFFSET, TILES_M, TILES_N, UNITS, SECTION, WHOLE, PARTS, BLOCK_M, BLOCK_N,
-        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED,
+        HEAD_DIM, SPLIT_ROWS, DS_REGISTERS, CAUSAL, RAGGED, DETERMINISTIC, CHAINED, APART,
     )  # fmt: skip
     # Registers as in v7_hopper_backward: 240 for a thread of a consumer, 24 for the others.
     gl.warp_specialize(

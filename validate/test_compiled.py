@@ -172,17 +172,17 @@ import torch
 from flashstudy.validate import compiled
 from flashstudy.validate.machine_code import product_loops
 
-sizes = [(16384, 1), (2048, 4)]
-for d, dtype in [(128, torch.bfloat16), (128, torch.float16), (64, torch.bfloat16)]:
+cases = [(16384, 128, torch.bfloat16), (16384, 128, torch.float16), (16384, 64, torch.bfloat16)]
+for n, d, dtype in [*cases, (1024, 128, torch.bfloat16)]:
     for causal in (False, True):
         for kernel in compiled.compile_step(
-            "v7_hopper_backward", 90, d, dtype, causal, True, sizes
+            "v7_hopper_backward", 90, d, dtype, causal, True, [(n, 1)]
         ):
             if kernel.name == "_backward_kernel":
                 for loop in product_loops(kernel.sass):
                     line = "".join(loop)
                     if line.count("HGMMA") == 32:  # five products of 4 or 8 instructions
-                        print(d, causal, line.count("FSEL"), line.count("PRMT"))
+                        print(n, d, causal, line.count("FSEL"), line.count("PRMT"))
 """
 
 
@@ -195,12 +195,16 @@ def test_query_tiles_without_a_mask_have_a_loop_without_one(tmp_path):
     got = run(program=program)
     assert got.returncode == 0, got.stderr
     loops = [line.split() for line in got.stdout.splitlines()]
-    for d, count, scores in ("128", 4, "32"), ("64", 2, "64"):  # two consumers, dtypes; a thread's
-        full = [rest for at, causal, *rest in loops if (at, causal) == (d, "False")]
-        masked = [rest for at, causal, *rest in loops if (at, causal) == (d, "True")]
-        without = [["0", "0"]] * count
+    # of two consumers, two dtypes at (16384, 128); a thread's scores
+    for case, count, scores in ("16384 128", 4, "32"), ("16384 64", 2, "64"), ("1024 128", 2, "32"):
+        full, causal = (
+            sorted(row[3:] for row in loops if row[:3] == [*case.split(), mask])
+            for mask in ("False", "True")
+        )
+        without, masked = [["0", "0"]] * count, [[scores, "0"]] * count
         assert full == without
-        assert sorted(masked) == (without if v7.TWO_LOOPS.value else []) + [[scores, "0"]] * count
+        two = v7.TWO_LOOPS and case != "1024 128"  # for 16 query tiles at most, one
+        assert causal == without * two + masked
 
 
 KEYS = """

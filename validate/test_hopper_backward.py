@@ -26,8 +26,13 @@ CASES = [
     (128, "bfloat16", False, 512, 1),
     (128, "bfloat16", False, 500, 1),
     (128, "bfloat16", True, 512, 1),
-    (128, "float16", True, 500, 4),
     (96, "bfloat16", True, 300, 1),
+]
+TWO_LOOP_CASES = [  # more than 16 query tiles: those that need the mask have a loop of their own
+    (64, "bfloat16", True, 2500, 1),
+    (64, "float16", True, 700, 3),
+    (128, "bfloat16", True, 1200, 1),
+    (128, "float16", True, 500, 4),
 ]
 CHAIN_CASES = [  # and batches: enough for a CTA to take all key tiles of a head; a single key tile
     (64, "bfloat16", False, 256, 1, 66),
@@ -36,7 +41,7 @@ CHAIN_CASES = [  # and batches: enough for a CTA to take all key tiles of a head
     (128, "bfloat16", True, 512, 1, 66),
     (96, "float16", True, 128, 4, 99),
 ]
-ALL_CASES = [*CASES, *CHAIN_CASES]
+ALL_CASES = [*CASES, *TWO_LOOP_CASES, *CHAIN_CASES]
 WIDE_CASES = [  # of v7_wide_heads
     (256, "bfloat16", False, 512, 1),
     (256, "bfloat16", False, 500, 1),
@@ -102,6 +107,8 @@ class TestMachineCode:
     def test_products_are_asynchronous(self, kernels, case):
         """One arrival a product: serialised ones would have one an instruction."""
         products = 2 * (2 + 5 + 3) + 1  # consumers x (first tile, loop, last), a late dQ
+        if case in TWO_LOOP_CASES and v7_hopper_backward.TWO_LOOPS:
+            products += 2 * 5
         if case in WIDE_CASES:  # S or dP; dQ in two
             products = 2 * (1 + 5 + 4)
         sass = kernels[case]["sass"]
