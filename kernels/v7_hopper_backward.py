@@ -194,9 +194,9 @@ a run before, beside a product of 669, the version with one loop had 635 full an
 128 and N = 16384.
 
 What the overlap of the three launches is worth (in turns with and without it, and the two small
-kernels turned round; sections of 20 MiB with it, 40 MiB without; same day): N = 512 +3 % (D = 128,
-both masks) and +6 % (D = 64, causal), N = 2048 +1 %; at 16384, where the small kernels are a
-fortieth of the time, 0 to -2 %.
+kernels turned round; sections of 20 MiB with it, 40 MiB without; H200, 2026-11-27): N = 512 +3 %
+(D = 128, both masks) and +6 % (D = 64, causal), N = 2048 +1 %; at 16384, where the small kernels
+are a fortieth of the time, 0 to -2 %.
 """
 
 from typing import NamedTuple
