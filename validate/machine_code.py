@@ -39,7 +39,7 @@ def read_before_written(sass):
             for r in map(int, re.findall(r"\bUR(\d+)\b", x)):
                 if "gdesc" in x:  # of both operands in shared memory, or of B, A being in registers
                     read |= {r + 2, r + 3} | (set() if operands[1][:1] == "R" else {r, r + 1})
-                elif x == f"UR{r}" and (n == 0 or (n == 1 and op.startswith("VOTEU"))):
+                elif x == f"UR{r}" and (n == 0 or (n == 1 and op.startswith(("VOTEU", "R2UR")))):
                     wide = 2 if "64" in op or "WIDE" in op else 1
                     (read if op.startswith(NO_RESULT) else written).update(range(r, r + wide))
                 else:
